@@ -1,0 +1,174 @@
+"""Opening a Hugging Face checkpoint: memory-mapped safetensors, FP8 blocks dequantised, everything checked before use."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tilery.models.config import ConfigError, DeepseekConfig, read_config, read_json, resolve_model
+from tilery.models.deepseek import DeepseekModel
+from tilery.models.inventory import Kind, TensorSpec, inventory
+from tilery.ops.quant import E4M3, dequantize_blocks
+from tilery.ops.registry import Operators
+
+__all__ = ["Checkpoint", "CheckpointError", "load_model", "resolve_model"]
+
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(k|v|input)_scale$|\.input_global_scale$|\.activation_scale$")
+"""Tensors that released files carry and that no computation here needs."""
+
+
+class CheckpointError(ValueError):
+    """The files of a checkpoint do not fit its config; the message names every tensor concerned and what to do."""
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, by name, memory-mapped: nothing is read before it is asked for.
+
+    Raises `CheckpointError` if there are no safetensors files (pickle files are refused: loading them runs code), or a
+    file is named by the index but missing or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+        files = sorted(set(index.values())) or sorted(p.name for p in folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+            if pickles:
+                raise CheckpointError(
+                    f"{folder} holds pickle files ({', '.join(pickles[:3])}), which run code when they are loaded and are "
+                    "refused. Convert them to safetensors first."
+                )
+            raise CheckpointError(f"{folder} has no *.safetensors file.")
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"the index of {folder} names files that are not there: {', '.join(missing)}.")
+        self._file_of: dict[str, safe_open] = {}
+        for name in files:
+            try:
+                file = safe_open(folder / name, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{folder / name} is not a whole safetensors file: {error}") from None
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                self._file_of[key] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`; FP8 blocks are multiplied by their `weight_scale_inv`."""
+        value = self.tensor(name)
+        if value.dtype == E4M3:
+            value = dequantize_blocks(value, self.tensor(f"{name}_scale_inv"))
+        return value.to(dtype)
+
+    def check(self, specs: Iterable[TensorSpec], main_layers: int) -> None:
+        """Compares names and shapes with `specs`; raises one `CheckpointError` that names all that differ.
+
+        Tolerated: missing copies of the embedding and head in MTP layers, BF16 files without scales, leftover tensors
+        of layers past those that are used, and the buffers in `IGNORED`.
+        """
+        known: set[str] = set()
+        missing, misshapen = [], []
+        for spec in specs:
+            scale = f"{spec.name}_scale_inv"
+            known |= {spec.name, scale}
+            if spec.name not in self:
+                if not spec.optional:
+                    missing.append(spec.name)
+                continue
+            if (shape := self.shape(spec.name)) != spec.shape:
+                misshapen.append(f"{spec.name} is {list(shape)}, expected {list(spec.shape)}")
+            if spec.kind is Kind.MATRIX and self._file_of[spec.name].get_slice(spec.name).get_dtype() == "F8_E4M3":
+                if scale not in self:
+                    missing.append(scale)
+                elif (shape := self.shape(scale)) != spec.scale_shape:
+                    misshapen.append(f"{scale} is {list(shape)}, expected {list(spec.scale_shape)}")
+        unknown = [n for n in self.names() if n not in known and not IGNORED.search(n) and not _extra_layer(n, main_layers)]
+        if not (missing or misshapen or unknown):
+            return
+        lines = [f"the tensors of {self.folder} do not fit its config.json:"]
+        for title, names in (("missing", missing), ("wrong shape", misshapen), ("unknown", unknown)):
+            lines += [f"  {title} ({len(names)}):"] * bool(names) + [f"    {name}" for name in names]
+        lines.append("Check that config.json belongs to these files and that the download is complete.")
+        raise CheckpointError("\n".join(lines))
+
+
+def _extra_layer(name: str, main_layers: int) -> bool:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= main_layers
+
+
+def has_mtp(checkpoint: Checkpoint, config: DeepseekConfig) -> bool:
+    """Whether the files hold the multi-token-prediction layer that the config announces."""
+    name = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
+    return config.num_nextn_predict_layers > 0 and name in checkpoint
+
+
+def load_model(
+    folder: Path,
+    ops: Operators,
+    dtype: torch.dtype,
+    *,
+    positions: int | None = None,
+    mtp: bool = False,
+    progress: bool = False,
+) -> DeepseekModel:
+    """Builds the model of a checkpoint folder.
+
+    Matrices are rounded to `dtype` and kept in the dtype the platform multiplies fastest: on a CPU without bf16 matrix
+    instructions a bf16 model computes in fp32 on bf16-rounded weights. Raises `ConfigError` or `CheckpointError`.
+    """
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder)
+    if mtp and not has_mtp(checkpoint, config):
+        raise ConfigError(f"{folder} has no multi-token-prediction layer: speculative decoding with it is not possible.")
+    specs = list(inventory(config, mtp=mtp))
+    checkpoint.check(specs, config.num_hidden_layers)
+    compute = torch.bfloat16 if dtype == torch.bfloat16 and ops.platform.bf16_matmul else torch.float32
+    bar = _Progress(len(specs), progress)
+
+    def weight(name: str, kind: torch.dtype | None = None) -> Tensor:
+        bar.advance()
+        return checkpoint.weight(name, dtype).to(compute) if kind is None else checkpoint.weight(name, kind)
+
+    model = DeepseekModel(config, ops, weight, positions or config.max_position_embeddings, mtp)
+    bar.close()
+    return model
+
+
+class _Progress:
+    """A progress bar on standard error, only on a terminal and only when loading takes noticeable time."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._bar = None
+        if show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("loading weights", total=total)
+            self._bar.start()
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
