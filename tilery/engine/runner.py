@@ -1,0 +1,121 @@
+"""Runs one scheduled step on the device: tokens in, hidden states and logits out, drafts on request.
+
+The runner owns the model and its cache tensors and knows nothing of requests' rules; it lays the scheduled chunks out as a
+`StepInput`, in the order the model wants, and gives results back in the order of the schedule.
+
+Legend: S sampled rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilery.engine.config import CacheDType, EngineConfig
+from tilery.engine.scheduler import ScheduledItem
+from tilery.models import cache as model_cache
+from tilery.models.loader import load_model, resolve_model
+from tilery.models.step import Chunk, build_step, order_chunks
+from tilery.ops import registry
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_CACHE_TOKENS = 65_536
+MEMORY_SHARE = 0.5
+"""The cache takes at most this share of the memory that is free when the engine starts."""
+
+
+@dataclass(frozen=True)
+class DraftInput:
+    """Feeds the multi-token-prediction layer positions `start` .. of one request.
+
+    `hidden` [n, H] belongs to these positions, `next_ids` (n of them) are the tokens that follow each.
+    """
+
+    hidden: Tensor
+    next_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+
+
+def free_memory_bytes() -> int:
+    """Memory the system can still give to processes; a large number where that cannot be read."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 40
+
+
+class Runner:
+    """Raises `ConfigError`, `CheckpointError` or `ValueError` for a model or settings that do not fit."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        dtype = TORCH_DTYPES[config.dtype.value]
+        self.ops = registry.select()
+        self.folder = resolve_model(config.model)
+        self.speculates = config.speculative_tokens > 0
+        self.model = load_model(
+            self.folder,
+            self.ops,
+            dtype,
+            positions=config.max_model_len,
+            mtp=self.speculates,
+            progress=config.progress,
+        )
+        self.model_config = self.model.config
+        self.cache_dtype = torch.uint8 if config.cache_dtype is CacheDType.FP8 else dtype
+        self.block_size = config.block_size
+        self.num_blocks = self._plan_blocks(config.cache_tokens)
+        slots = self.num_blocks * self.block_size
+        self.caches = model_cache.allocate(self.model_config, slots, self.cache_dtype, self.model.cache_layers)
+
+    def _plan_blocks(self, cache_tokens: int | None) -> int:
+        per_token = model_cache.bytes_per_token(self.model_config, self.cache_dtype, self.model.cache_layers)
+        fitting = int(free_memory_bytes() * MEMORY_SHARE) // per_token
+        tokens = cache_tokens or min(DEFAULT_CACHE_TOKENS, fitting)
+        if tokens * per_token > free_memory_bytes():
+            raise ValueError(
+                f"a cache of {tokens} tokens needs {tokens * per_token / 2**30:.1f} GiB ({per_token} bytes a token), but "
+                f"{free_memory_bytes() / 2**30:.1f} GiB are free; lower cache_tokens or use the fp8 cache."
+            )
+        return max(1, tokens // self.block_size)
+
+    @torch.inference_mode()
+    def forward(self, items: Sequence[ScheduledItem]) -> list[Tensor]:
+        """Computes every item's tokens and writes their cache rows. Returns the hidden states after the final norm,
+        one [length, H] per item in the schedule's order."""
+        chunks = [
+            Chunk(i.request.token_ids(i.start, i.start + i.length), i.start, i.request.block_table) for i in items
+        ]
+        order = order_chunks(chunks)
+        hidden = self.model.forward(build_step([chunks[i] for i in order], self.block_size), self.caches)
+        parts = hidden.split([len(chunks[i].token_ids) for i in order])
+        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Rows of hidden states, concatenated, to fp32 logits [S, V]."""
+        return self.model.logits(hidden[0] if len(hidden) == 1 else torch.cat(list(hidden)))
+
+    @torch.inference_mode()
+    def draft(self, inputs: Sequence[DraftInput]) -> tuple[list[int], list[Tensor]]:
+        """Feeds the multi-token-prediction layer; per input, the most likely token after its last one, and the layer's
+        hidden state [1, H] there (to draft one token further)."""
+        chunks = [Chunk(i.next_ids, i.start, i.blocks) for i in inputs]
+        order = order_chunks(chunks)
+        step = build_step([chunks[i] for i in order], self.block_size)
+        hidden = torch.cat([inputs[i].hidden for i in order])
+        out = self.model.draft(hidden, step.token_ids, step, self.caches)
+        lengths = [len(inputs[i].next_ids) for i in order]
+        last = out.index_select(0, torch.tensor(lengths).cumsum(0) - 1)
+        tokens = self.model.logits(last).argmax(1).tolist()
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return [tokens[i] for i in back], [last[i : i + 1] for i in back]
