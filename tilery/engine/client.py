@@ -291,9 +291,11 @@ class EngineClient:
             return
         self.dead = reason
         error = EngineDeadError(reason)
-        for future in (self._ready, *self._calls.values()):
-            if not future.done():
-                future.set_exception(error)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
         self._calls.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():

@@ -283,7 +283,7 @@ def _sample_chunk(raw_SV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
 
 
 def _edit(x_SV: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Apply bias, masks and penalties in place; rows touch few tokens, so each is one indexed operation on the batch."""
+    """Apply bias, masks and penalties in place; rows touch few tokens, so each is one indexed operation."""
     vocab = x_SV.shape[1]
     bias = _Entries()
     banned = _Entries()
@@ -372,7 +372,10 @@ def _draw(x_SV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     u_S = torch.tensor([uniform(row.state.seed, row.step) for row in rows], dtype=torch.float64)
     p_SV = torch.softmax(x_SV / temperature_S.to(device)[:, None], dim=-1)
     # One NaN or +inf, or nothing but -inf, makes the whole line NaN.
-    failed = p_SV[:, 0].isnan().tolist()
+    failed_S = p_SV[:, 0].isnan()
+    failed = failed_S.tolist()
+    if any(failed):
+        p_SV[failed_S] = 1.0
     vocab = x_SV.shape[1]
     limited = [
         i for i, p in enumerate(params) if not failed[i] and (p.top_p < 1.0 or p.min_p > 0.0 or 0 < p.top_k < vocab)
@@ -382,9 +385,8 @@ def _draw(x_SV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         for i in limited:
             _truncate_row(lines[i], params[i].top_k, params[i].top_p, params[i].min_p)
     elif limited:
-        settings = [
-            (params[i].top_k if params[i].top_k > 0 else vocab, params[i].top_p, params[i].min_p) for i in limited
-        ]
+        chosen = [params[i] for i in limited]
+        settings = [(p.top_k if p.top_k > 0 else vocab, p.top_p, p.min_p) for p in chosen]
         p_SV[limited] = _truncate_batch(p_SV[limited], torch.tensor(settings, dtype=torch.float64, device=device))
     tokens = _invert(p_SV, u_S.to(device)).tolist()
     return [FAILED if bad else token for bad, token in zip(failed, tokens)] if any(failed) else tokens

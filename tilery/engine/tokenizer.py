@@ -72,8 +72,7 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(eos_token_ids) or (() if self.eos_id is None else (self.eos_id,))
         """Every id that ends a sequence: what the caller read from (generation_)config.json, else the tokenizer's."""
 
-        description = json.loads(backend.to_str()) if json_path is None else json.loads(json_path.read_bytes())
-        decoder = description.get("decoder") or {}
+        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
         self.is_byte_level: bool = decoder.get("type") == "ByteLevel"
         self._has_byte_fallback = "ByteFallback" in {
             decoder.get("type"),
