@@ -1,8 +1,8 @@
 """Features combined two by two: every pair gives the tokens of the plain run.
 
-The plain run is one request alone: no prefix cache, the whole prompt in one step, no drafts, weights already dequantised.
-In fp32 arithmetic tokens are identical, greedy and sampled alike (a draw depends on the request's seed and position
-only); in bf16 the log-probabilities of the common tokens may drift by a bounded amount.
+The plain run is one request alone: no prefix cache, the whole prompt in one step, no drafts, weights already
+dequantised. In fp32 arithmetic tokens are identical, greedy and sampled alike (a draw depends on the request's seed
+and position only); in bf16 the log-probabilities of the common tokens may drift by a bounded amount.
 """
 
 import itertools

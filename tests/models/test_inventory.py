@@ -23,6 +23,8 @@ def test_v3_totals():
 
 
 def test_v32_totals():
-    count, size = totals(V3 | {"model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128})
+    count, size = totals(
+        V3 | {"model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
+    )
     assert count == 92_425
     assert round(size / 1e9, 2) == 689.47

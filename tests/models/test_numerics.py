@@ -1,5 +1,6 @@
 """Logits equal transformers' DeepSeek-V3.2 and -V3 in fp32, however the tokens are fed."""
 
+import itertools
 import random
 
 import pytest
@@ -57,16 +58,14 @@ class Feeder:
         made = [Chunk(*chunk) for chunk in chunks]
         order = order_chunks(made)
         with torch.inference_mode():
-            logits = self.model.logits(
-                self.model.forward(build_step([made[i] for i in order], BLOCK), self.caches)
-            )
+            logits = self.model.logits(self.model.forward(build_step([made[i] for i in order], BLOCK), self.caches))
         parts = dict(zip(order, logits.split([len(made[i].token_ids) for i in order])))
         return [parts[i] for i in range(len(made))]
 
     def pieces(self, tokens, cuts, blocks=None):
         blocks = blocks or self.blocks[:8]
         bounds = [0, *cuts, len(tokens)]
-        return torch.cat([self.feed([(tokens[a:b], a, blocks)])[0] for a, b in zip(bounds, bounds[1:])])
+        return torch.cat([self.feed([(tokens[a:b], a, blocks)])[0] for a, b in itertools.pairwise(bounds)])
 
 
 def oracle(model, tokens):
@@ -116,7 +115,9 @@ def test_decode_after_shared_prefix_in_a_mixed_batch(pair):
     feeder.pieces(tokens[:140], [], first)
     for position in range(128, 159):
         # One request decodes behind the shared prefix while another prefills an unrelated prompt.
-        logits, _ = feeder.feed([(tokens[position : position + 1], position, second), (tokens[:30], 0, feeder.blocks[40:48])])
+        logits, _ = feeder.feed(
+            [(tokens[position : position + 1], position, second), (tokens[:30], 0, feeder.blocks[40:48])]
+        )
         close(logits, expected[position : position + 1])
 
 
@@ -167,7 +168,12 @@ def test_mixed_prefill_and_decode_rows_above_and_below_topk(pair):
     for table, length in zip(tables, (20, 47, 120)):
         feeder.pieces(tokens[:length], [], table)
     got = feeder.feed(
-        [(tokens[20:23], 20, tables[0]), (tokens[:90], 0, tables[3]), (tokens[47:48], 47, tables[1]), (tokens[120:128], 120, tables[2])]
+        [
+            (tokens[20:23], 20, tables[0]),
+            (tokens[:90], 0, tables[3]),
+            (tokens[47:48], 47, tables[1]),
+            (tokens[120:128], 120, tables[2]),
+        ]
     )
     for logits, span in zip(got, (slice(20, 23), slice(0, 90), slice(47, 48), slice(120, 128))):
         close(logits, expected[span])

@@ -6,6 +6,10 @@ from enum import StrEnum
 
 import msgspec
 
+MAX_SPECULATIVE_TOKENS = 7
+"""The newest token and its drafts are verified as decode, which takes 8 tokens (`models.step.DECODE_TOKENS`); longer
+ones would be computed as a prefill, at a cost that they cannot win back."""
+
 
 class DType(StrEnum):
     FLOAT32 = "float32"
@@ -25,9 +29,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DType = DType.BFLOAT16
     cache_dtype: CacheDType = CacheDType.AUTO
     max_model_len: int | None = None
-    """Tokens, prompt and output together; None: what config.json says."""
+    """Tokens, prompt and output together; None: what config.json says, or what the cache holds if that is less."""
     cache_tokens: int | None = None
-    """Tokens the KV cache holds; None: 65,536, or less if memory is short."""
+    """Tokens the KV cache holds, rounded up to whole blocks; None: 65,536, or less if memory is short."""
     block_size: int = 64
     max_batch_tokens: int = 2048
     """Token budget of one step, prefill and decode together."""
@@ -52,16 +56,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Show a progress bar while weights load."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_batch_tokens", "max_running"):
+        for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_waiting", "speculative_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("max_model_len", "cache_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.max_model_len == 1:
+            raise ValueError("max_model_len must be at least 2, for one token of prompt and one of output, got 1.")
+        if not self.aging_seconds > 0:
+            raise ValueError(f"aging_seconds must be above 0 (inf switches ageing off), got {self.aging_seconds}.")
+        if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"speculative_tokens must be between 0 and {MAX_SPECULATIVE_TOKENS}, got {self.speculative_tokens}."
+            )
         if self.max_running > self.max_batch_tokens:
             raise ValueError(
                 f"max_running ({self.max_running}) must be at most max_batch_tokens ({self.max_batch_tokens}): "

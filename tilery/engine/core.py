@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -60,13 +61,21 @@ class _Child:
 
 @dataclass(slots=True)
 class _Pending:
-    """A request not handed to the scheduler yet: its grammar compiles, or its siblings wait for the first child's prompt."""
+    """A request not handed to the scheduler yet: its grammar compiles, or siblings wait for the first choice's
+    prompt."""
 
     message: AddRequest
     seed: int
     grammar: Future[Grammar] | None
     next_index: int = 0
     first: Request | None = None
+    aborted: set[int] = field(default_factory=set)
+    """Choices that were ended before their turn came; they have been answered."""
+
+    @property
+    def unanswered(self) -> list[int]:
+        """Choices that the scheduler has not seen and the client has had no answer for."""
+        return [index for index in range(self.next_index, self.message.params.n) if index not in self.aborted]
 
 
 @dataclass(slots=True)
@@ -94,11 +103,17 @@ class EngineCore:
         self.config = config
         self.runner = Runner(config)
         model = self.runner.model_config
-        self.max_model_len = config.max_model_len or model.max_position_embeddings
+        capacity = self.runner.num_blocks * config.block_size
+        self.max_model_len = config.max_model_len or min(model.max_position_embeddings, capacity)
         if self.max_model_len > model.max_position_embeddings:
             raise ValueError(
                 f"max_model_len ({self.max_model_len}) is more than the model was made for "
                 f"(max_position_embeddings is {model.max_position_embeddings})."
+            )
+        if self.max_model_len > capacity:
+            raise ValueError(
+                f"max_model_len ({self.max_model_len}) is more than the cache holds ({capacity} tokens); raise "
+                "cache_tokens or lower max_model_len."
             )
         self.cache = KVCache(self.runner.num_blocks, config.block_size, config.cache_salt, config.enable_prefix_cache)
         self.scheduler = Scheduler(config, self.cache, self.max_model_len)
@@ -118,10 +133,12 @@ class EngineCore:
         self.policy = DraftPolicy(config.speculative_auto_off)
         self._children: dict[Request, _Child] = {}
         self._pending: dict[str, _Pending] = {}
+        self._served: Counter[str] = Counter()
+        """Children by request id: an id is free again when the last of them and the pending ones are gone."""
         self._outputs: list[EngineOutput] = []
         self._compiler: GrammarCompiler | None = None
         self._added = itertools.count(1)
-        self._steps = self._dense_steps = self._prompt_tokens = self._generation_tokens = 0
+        self._steps = self._dense_steps = self._prompt_tokens = self._generation_tokens = self._refused = 0
         self._drafts = self._draft_tokens = self._accepted = 0
         self._accepted_at = [0] * config.speculative_tokens
         self._last = (0, 0.0)
@@ -140,7 +157,7 @@ class EngineCore:
                 f"The prompt holds token {outside[0]}, but token ids go from 0 to {self.info.vocab_size - 1}.",
             )
             return
-        if message.request_id in self._pending:
+        if message.request_id in self._pending or self._served[message.request_id]:
             self._refuse(message, ErrorKind.INVALID, f"Request id {message.request_id} is already in use.")
             return
         grammar = None
@@ -159,16 +176,17 @@ class EngineCore:
             for request in self.scheduler.abort(request_id):
                 self._finished(request, [])
             pending = self._pending.pop(request_id, None)
-            if pending is not None:
-                for index in range(pending.next_index, pending.message.params.n):
-                    self._outputs.append(
-                        EngineOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT)
-                    )
+            for index in pending.unanswered if pending is not None else ():
+                self._outputs.append(EngineOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT))
 
     def abort_child(self, request_id: str, index: int) -> None:
         """Ends one choice of a request; its siblings go on."""
         for request in self.scheduler.abort(request_id, index):
             self._finished(request, [])
+        pending = self._pending.get(request_id)
+        if pending is not None and index in pending.unanswered:
+            pending.aborted.add(index)
+            self._outputs.append(EngineOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT))
 
     def has_work(self) -> bool:
         return bool(self._outputs or self._pending or self.scheduler.has_unfinished)
@@ -199,7 +217,7 @@ class EngineCore:
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.preemptions,
-            refused=scheduler.refused,
+            refused=self._refused,
             spec_drafts=self._drafts,
             spec_draft_tokens=self._draft_tokens,
             spec_accepted_tokens=self._accepted,
@@ -230,12 +248,18 @@ class EngineCore:
         if self._compiler is None:
             from tilery.engine.grammar import GrammarCompiler
 
-            text = (self.runner.folder / "tokenizer.json").read_text(encoding="utf-8")
-            self._compiler = GrammarCompiler(text, self.info.vocab_size, self.eos_token_ids)
+            path = self.runner.folder / "tokenizer.json"
+            if not path.is_file():
+                raise ValueError("Structured output needs the model's tokenizer.json, which its folder lacks.")
+            self._compiler = GrammarCompiler(path.read_text(encoding="utf-8"), self.info.vocab_size, self.eos_token_ids)
         return self._compiler
 
-    def _refuse(self, message: AddRequest, kind: ErrorKind, text: str, first: int = 0) -> None:
-        for index in range(first, message.params.n):
+    def _refuse(
+        self, message: AddRequest, kind: ErrorKind, text: str, choices: Sequence[int] | None = None
+    ) -> None:
+        """Answers for these choices of a request, or for all."""
+        self._refused += 1
+        for index in range(message.params.n) if choices is None else choices:
             self._outputs.append(
                 EngineOutput(
                     request_id=message.request_id,
@@ -255,20 +279,26 @@ class EngineCore:
             return
         try:
             grammar = pending.grammar.result() if pending.grammar is not None else None
-            while pending.next_index < message.params.n:
-                if pending.next_index == 1 and not self._prompt_shared(pending):
+            while unanswered := pending.unanswered:
+                pending.next_index = unanswered[0]
+                if pending.first is not None and not self._may_follow(pending.first):
                     return
                 self._add_child(message, pending, grammar)
                 pending.next_index += 1
         except RequestRefused as refusal:
-            self._refuse(message, refusal.kind, refusal.message, pending.next_index)
+            self._refuse(message, refusal.kind, refusal.message, pending.unanswered)
         except ValueError as error:
-            self._refuse(message, ErrorKind.INVALID, str(error), pending.next_index)
+            self._refuse(message, ErrorKind.INVALID, str(error), pending.unanswered)
+        except Exception as error:  # of the grammar compiler: it must not take other requests along
+            self._refuse(message, ErrorKind.INTERNAL, f"{type(error).__name__}: {error}", pending.unanswered)
         del self._pending[request_id]
 
-    def _prompt_shared(self, pending: _Pending) -> bool:
-        first = pending.first
-        done = first is None or first.is_finished or first.num_computed >= first.num_prompt_tokens
+    def _may_follow(self, first: Request) -> bool:
+        """Whether a sibling of `first` may enter: it can share the prompt, and the queue, which took the request in
+        with its first choice, has room."""
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            return False
+        done = first.is_finished or first.num_computed >= first.num_prompt_tokens
         return done or not self.config.enable_prefix_cache
 
     def _add_child(self, message: AddRequest, pending: _Pending, grammar: Grammar | None) -> None:
@@ -292,8 +322,9 @@ class EngineCore:
             vocab_size=self.info.vocab_size,
         )
         self.scheduler.add(request)
+        self._served[request.request_id] += 1
         pending.first = pending.first or request
-        self._children[request] = _Child(request, state, grammar.state() if grammar is not None else None)
+        self._children[request] = _Child(request, state, grammar.start() if grammar is not None else None)
 
     # ---- a step's results ----------------------------------------------------------------------------------------
 
@@ -307,6 +338,7 @@ class EngineCore:
         for result in results:
             self._read_prompt(result)
             self._end(result)
+            self._follow_grammar(result)
         decoding = sum(result.item.yields_token for result in results)
         pure = all(item.yields_token and item.length == 1 + item.num_drafts for item in schedule.items)
         drafted = any(item.num_drafts for item in schedule.items)
@@ -339,7 +371,11 @@ class EngineCore:
             if child.grammar is None:
                 made = [SampleRow(child.sampler, drafts[:i]) for i in range(len(drafts) + 1)]
             else:
-                masks = child.grammar.masks_for_drafts(drafts)
+                try:
+                    masks = child.grammar.masks_for_drafts(drafts)
+                except ValueError as error:  # GrammarError: the text ran into the limits on work per token
+                    result.finish, result.error = FinishReason.ERROR, str(error)
+                    continue
                 made = [SampleRow(child.sampler, drafts[:i], mask) for i, mask in enumerate(masks)]
             first = item.length - item.num_drafts - 1
             hidden.append(result.hidden[first : first + len(made)])
@@ -388,6 +424,16 @@ class EngineCore:
             result.tokens = result.tokens[: position + 1]
             result.logprobs = result.logprobs and result.logprobs[: position + 1]
             return
+
+    def _follow_grammar(self, result: _Result) -> None:
+        """Moves the grammar on to the new tokens; a text it cannot follow fails this request alone."""
+        grammar = result.child.grammar
+        if grammar is None or not result.tokens or result.finish is not None:
+            return
+        try:
+            grammar.consume(result.tokens)
+        except ValueError as error:  # GrammarError
+            result.finish, result.error = FinishReason.ERROR, str(error)
 
     def _draft(self, results: list[_Result]) -> dict[Request, list[int]]:
         """Lets the MTP layer read what is new and propose tokens for the requests that go on."""
@@ -446,8 +492,6 @@ class EngineCore:
         self.scheduler.advance(item, result.num_valid, tokens, drafts)
         child.mtp.trim()
         child.sampler.append(tokens)
-        if child.grammar is not None and tokens:
-            child.grammar.consume(tokens)
         if result.finish is not None:
             self.scheduler.finish(request, result.finish, result.stop_reason)
             self._finished(request, tokens, result.logprobs, result.error)
@@ -459,12 +503,13 @@ class EngineCore:
         first = not child.told_prompt
         child.told_prompt = True
         wanted = first and request.params.prompt_logprobs is not None
+        whole = len(child.prompt_logprobs) == request.num_prompt_tokens  # not if it ends before its first token
         return EngineOutput(
             request_id=request.request_id,
             index=request.index,
             token_ids=list(tokens),
             logprobs=logprobs,
-            prompt_logprobs=child.prompt_logprobs if wanted else None,
+            prompt_logprobs=child.prompt_logprobs if wanted and whole else None,
             num_cached_tokens=request.num_cached_tokens if first else 0,
         )
 
@@ -477,6 +522,9 @@ class EngineCore:
     ) -> None:
         """The last output of a request that the scheduler has let go."""
         child = self._children.pop(request)
+        self._served[request.request_id] -= 1
+        if not self._served[request.request_id]:
+            del self._served[request.request_id]
         request.finished_time = time.monotonic()
         self._outputs.append(
             msgspec.structs.replace(

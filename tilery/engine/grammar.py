@@ -8,6 +8,7 @@ out. The work is llguidance's (Earley parsing over a lexer of regex derivatives)
 * Special tokens never stand for text: a string "<think>" in a schema is spelled with ordinary tokens. Only a Lark
   grammar that names one outside a string, as in `start: <think> TEXT`, gets it.
 * Where the next text is forced, only its canonical tokenisation is allowed: the model sees what it was trained on.
+* A regex matches the whole text, with or without ^ and $. Its digit class means 0 to 9; other classes are Unicode's.
 * JSON is compact (no free whitespace) unless the request says otherwise: weak models spend their budget on blanks.
 
 Legend: W = ceil(V / 32) words of a token bitmask; bit i % 32 of word i // 32 belongs to token i.
@@ -25,7 +26,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from tilery.engine.messages import StructuredKind, StructuredOutput
@@ -190,11 +191,11 @@ class GrammarCompiler:
         if not spec.strip():
             raise GrammarError(f"The {_NAMES[kind]} is empty.")
         if kind is StructuredKind.REGEX:
-            return LLMatcher.grammar_from_regex(spec)
+            return LLMatcher.grammar_from_regex(regex_to_lark(spec, use_ascii="d"))
         return LLMatcher.grammar_from_lark(self._name_special_tokens(spec))
 
     def _name_special_tokens(self, lark: str) -> str:
-        """`<think>` outside strings, regexes and comments -> `<[5]>`, since their names are hidden from the tokenizer."""
+        """`<think>` outside strings, regexes and comments -> `<[5]>`, since names are hidden from the tokenizer."""
 
         def replace(match: re.Match[str]) -> str:
             token = self._special.get(match[0])
@@ -204,9 +205,10 @@ class GrammarCompiler:
 
 
 def _hide_special_tokens(tokenizer_json: str) -> tuple[str, dict[str, int], int]:
-    """Give added tokens unspeakable names: -> the new tokenizer.json, their true names and ids, the number of tokens.
+    """Give added tokens unspeakable names.
 
-    llguidance tokenises forced text with this file, and would otherwise write the text "<think>" as the special token.
+    Returns the new tokenizer.json, the true names with their ids, and the number of tokens. llguidance tokenises forced
+    text with this file, and would otherwise write the text "<think>" as the special token.
     """
     try:
         data = json.loads(tokenizer_json)
@@ -225,7 +227,8 @@ def _hide_special_tokens(tokenizer_json: str) -> tuple[str, dict[str, int], int]
         data["model"]["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocab]
         highest = max([len(vocab) - 1, *special.values()])
     if data["model"].get("merges"):  # of ordinary text into an added token, or on from one
-        pairs = ((merge.split(" ") if isinstance(merge, str) else merge) for merge in data["model"]["merges"])
+        merges = data["model"]["merges"]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         data["model"]["merges"] = [[a, b] for a, b in pairs if hidden.keys().isdisjoint((a, b, a + b))]
     if data["model"].get("unk_token") in hidden:
         data["model"]["unk_token"] = hidden[data["model"]["unk_token"]]

@@ -65,7 +65,7 @@ class LLM:
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: object) -> None:
         self.core = EngineCore(msgspec.convert({"model": model, **settings}, EngineConfig))
-        self.tokenizer = Tokenizer.load(self.core.runner.folder)
+        self.tokenizer = Tokenizer.load(self.core.runner.folder, eos_token_ids=self.core.eos_token_ids)
         self._ids = itertools.count()
 
     def generate(
@@ -86,6 +86,7 @@ class LLM:
             raise ValueError(f"got {len(listed)} prompts but {len(many)} sampling parameters; give one or as many.")
         answers: dict[str, RequestOutput] = {}
         readers: dict[tuple[str, int], OutputProcessor] = {}
+        requests: list[AddRequest] = []
         for prompt, one in zip(listed, many):
             name = f"offline-{next(self._ids)}"
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -96,10 +97,12 @@ class LLM:
             )
             for index in range(one.n):
                 readers[name, index] = OutputProcessor(self.tokenizer, one, ids)
-            self.core.add(
+            requests.append(
                 AddRequest(request_id=name, prompt_token_ids=ids, params=one, arrival_time=time.monotonic())
             )
         try:
+            for request in requests:
+                self.core.add(request)
             with _Progress(len(readers), progress) as bar:
                 while self.core.has_work():
                     for output in self.core.step():

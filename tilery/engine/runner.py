@@ -1,7 +1,7 @@
 """Runs one scheduled step on the device: tokens in, hidden states and logits out, drafts on request.
 
-The runner owns the model and its cache tensors and knows nothing of requests' rules; it lays the scheduled chunks out as a
-`StepInput`, in the order the model wants, and gives results back in the order of the schedule.
+The runner owns the model and its cache tensors and knows nothing of requests' rules; it lays the scheduled chunks out
+as a `StepInput`, in the order the model wants, and gives results back in the order of the schedule.
 
 Legend: S sampled rows, H hidden, V vocabulary.
 """
@@ -21,6 +21,7 @@ from tilery.models import cache as model_cache
 from tilery.models.loader import load_model, resolve_model
 from tilery.models.step import Chunk, build_step, order_chunks
 from tilery.ops import registry
+from tilery.ops.cache import PAGE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_CACHE_TOKENS = 65_536
@@ -74,7 +75,7 @@ class Runner:
         self.cache_dtype = torch.uint8 if config.cache_dtype is CacheDType.FP8 else dtype
         self.block_size = config.block_size
         self.num_blocks = self._plan_blocks(config.cache_tokens)
-        slots = self.num_blocks * self.block_size
+        slots = -(-self.num_blocks * self.block_size // PAGE) * PAGE  # whole pages, whatever the block size
         self.caches = model_cache.allocate(self.model_config, slots, self.cache_dtype, self.model.cache_layers)
 
     def _plan_blocks(self, cache_tokens: int | None) -> int:
@@ -83,10 +84,10 @@ class Runner:
         tokens = cache_tokens or min(DEFAULT_CACHE_TOKENS, fitting)
         if tokens * per_token > free_memory_bytes():
             raise ValueError(
-                f"a cache of {tokens} tokens needs {tokens * per_token / 2**30:.1f} GiB ({per_token} bytes a token), but "
-                f"{free_memory_bytes() / 2**30:.1f} GiB are free; lower cache_tokens or use the fp8 cache."
+                f"a cache of {tokens} tokens needs {tokens * per_token / 2**30:.1f} GiB ({per_token} bytes a token), "
+                f"but {free_memory_bytes() / 2**30:.1f} GiB are free; lower cache_tokens or use the fp8 cache."
             )
-        return max(1, tokens // self.block_size)
+        return max(1, -(-tokens // self.block_size) if cache_tokens else tokens // self.block_size)
 
     @torch.inference_mode()
     def forward(self, items: Sequence[ScheduledItem]) -> list[Tensor]:

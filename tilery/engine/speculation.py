@@ -1,12 +1,13 @@
 """Speculative decoding with the model's own multi-token-prediction (MTP) layer: when to draft, and what for.
 
 After each step the MTP layer reads the hidden states of the positions that turned out valid, together with the token
-that follows each, and proposes the token after next; the next step verifies it (`sampler.accept_drafts`: exact). The MTP
-layer has cache rows of its own, so a request can be drafted for only while those rows are complete: hidden states of
-steps that did not draft are kept and fed later (`MtpBacklog`).
+that follows each, and proposes the token after next; the next step verifies it (`sampler.accept_drafts`: exact). The
+MTP layer has cache rows of its own, so a request can be drafted for only while those rows are complete: hidden
+states of steps that did not draft are kept and fed later (`MtpBacklog`).
 
-Drafting costs time and wins tokens, and which is more depends on the batch and the text. `DraftPolicy` measures seconds per
-output token with and without drafts, per batch size, and uses whichever is faster, looking again from time to time.
+Drafting costs time and wins tokens, and which is more depends on the batch and the text. `DraftPolicy` measures
+seconds per output token with and without drafts, per batch size, and uses whichever is faster, looking again from
+time to time.
 """
 
 from __future__ import annotations

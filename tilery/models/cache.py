@@ -39,7 +39,8 @@ def bytes_per_token(config: DeepseekConfig, dtype: torch.dtype, layers: int) -> 
 
 
 def allocate(config: DeepseekConfig, slots: int, dtype: torch.dtype, layers: int) -> list[LayerCache]:
-    """Zeroed cache for `slots` tokens (a multiple of 64). Raises `ValueError` for shapes the packed rows cannot hold."""
+    """Zeroed cache for `slots` tokens (a multiple of 64). Raises `ValueError` for shapes the packed rows cannot
+    hold."""
     if slots % PAGE:
         raise ValueError(f"the cache holds whole pages of {PAGE} tokens; {slots} is not a multiple")
     made = []

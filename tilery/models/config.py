@@ -8,6 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
+"""Without these config.json describes no model."""
 FAMILIES = ("deepseek_v3", "deepseek_v32")
 
 
@@ -100,6 +115,8 @@ def _yarn(raw: dict[str, Any], positions: int) -> Yarn | None:
         return None
     if kind != "yarn":
         raise ConfigError(f"rope type {kind!r} is not supported; this family uses 'default' or 'yarn'.")
+    if not raw.get("factor"):
+        raise ConfigError("rope type 'yarn' needs a factor.")
     return Yarn(
         factor=float(raw["factor"]),
         original_positions=int(raw.get("original_max_position_embeddings") or positions),
@@ -116,15 +133,16 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is not supported; this build runs: {', '.join(FAMILIES)}.")
-    needed = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-        "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok"
-    ).split()
+    needed = list(NEEDED)
     if model_type == "deepseek_v32":
-        needed += ["index_topk", "index_n_heads", "index_head_dim"]
+        needed += ["q_lora_rank", "index_topk", "index_n_heads", "index_head_dim"]
     missing = [name for name in needed if raw.get(name) is None]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
+    wrong = [name for name in needed if type(raw[name]) is not int or raw[name] < 1]
+    if wrong:
+        texts = (f"{name} is {raw[name]!r}" for name in wrong)
+        raise ConfigError(f"config.json needs whole numbers of at least 1, but {', '.join(texts)}.")
     if raw.get("attention_bias"):
         raise ConfigError("attention_bias is not supported: no released model of this family has it.")
     for name, expected in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("hidden_act", "silu")):
@@ -140,17 +158,32 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     positions = int(raw.get("max_position_embeddings") or 4096)
-    eos = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
-    groups = int(raw.get("n_group") or 1)
-    if raw["n_routed_experts"] % groups:
-        raise ConfigError(f"n_routed_experts ({raw['n_routed_experts']}) must be a multiple of n_group ({groups}).")
+    eos = (generation or {}).get("eos_token_id")
+    eos = raw.get("eos_token_id") if eos is None else eos
+    experts, chosen, groups = raw["n_routed_experts"], raw["num_experts_per_tok"], int(raw.get("n_group") or 1)
+    kept_groups = min(int(raw.get("topk_group") or groups), groups)
+    if experts % groups:
+        raise ConfigError(f"n_routed_experts ({experts}) must be a multiple of n_group ({groups}).")
+    if 1 < groups == experts:
+        raise ConfigError(f"n_group ({groups}) leaves one expert per group; a group is ranked by its best two.")
+    if chosen > kept_groups * experts // groups:
+        raise ConfigError(
+            f"num_experts_per_tok ({chosen}) is more than the {kept_groups * experts // groups} experts that "
+            f"topk_group ({kept_groups}) of n_group ({groups}) leaves to choose from."
+        )
+    if raw["qk_rope_head_dim"] % 2:
+        raise ConfigError(f"qk_rope_head_dim ({raw['qk_rope_head_dim']}) must be even: it is rotated in pairs.")
+    if model_type == "deepseek_v32" and raw["index_head_dim"] < raw["qk_rope_head_dim"]:
+        raise ConfigError(
+            f"index_head_dim ({raw['index_head_dim']}) must be at least qk_rope_head_dim ({raw['qk_rope_head_dim']})."
+        )
     return DeepseekConfig(
         model_type=model_type,
-        **{name: int(raw[name]) for name in needed if not name.startswith("index_")},
+        **{name: raw[name] for name in needed if name != "q_lora_rank" and not name.startswith("index_")},
         q_lora_rank=int(raw["q_lora_rank"]) if raw.get("q_lora_rank") else None,
         n_shared_experts=int(raw.get("n_shared_experts") or 0),
         n_group=groups,
-        topk_group=int(raw.get("topk_group") or groups),
+        topk_group=kept_groups,
         norm_topk_prob=bool(raw.get("norm_topk_prob", True)),
         routed_scaling_factor=float(raw.get("routed_scaling_factor") or 1.0),
         first_k_dense_replace=int(raw.get("first_k_dense_replace") or 0),

@@ -2,14 +2,15 @@
 
 The mathematics on one page; operators come from `ops`, weights from `loader`, the cache from `cache`.
 
-Attention. x -> q_a -> RMSNorm -> q_b gives per head a nope part and a rope part; x -> kv_a gives one latent of L numbers
-(RMSNorm) and one rope key for all heads. Both cached. Decode is *absorbed*: q_nope @ W_UK attends to the latent itself and
-W_UV turns the result into values, so a row is read once for all heads. Prefill is *un-absorbed*: keys and values are
-expanded from the latent, which costs far fewer operations when many queries share a context.
+Attention. x -> q_a -> RMSNorm -> q_b gives per head a nope part and a rope part; x -> kv_a gives one latent of L
+numbers (RMSNorm) and one rope key for all heads. Both cached. Decode is *absorbed*: q_nope @ W_UK attends to the
+latent itself and W_UV turns the result into values, so a row is read once for all heads. Prefill is *un-absorbed*:
+keys and values are expanded from the latent, which costs far fewer operations when many queries share a context.
 
-Sparse attention. The indexer scores every cached position and each token attends to the best `index_topk` (`ops.indexer`).
-While the context is no longer than that, all of it is chosen: the dense path skips scoring.
-RoPE: MLA rotates interleaved pairs of the *last* dims of a head, the indexer half-split pairs of the *first* dims of its.
+Sparse attention. The indexer scores every cached position and each token attends to the best `index_topk`
+(`ops.indexer`). While the context is no longer than that, all of it is chosen: the dense path skips scoring.
+RoPE: MLA rotates interleaved pairs of the *last* dims of a head, the indexer half-split pairs of the *first* dims of
+its.
 
 Legend: T tokens, H hidden, N heads, D head dim, L latent, R rope, E experts, I expert width, V vocabulary.
 Sources: DeepSeek-V2, -V3 and -V3.2-Exp reports; checkpoint names as released.
@@ -126,7 +127,9 @@ class Attention:
         parts = []
         if step.decode is not None:
             rows = slice(0, step.decode.count)
-            parts.append(self._decode(q[rows, :, : self.nope], q_rope[rows], x_TH[rows], q_latent[rows], rope, step, cache))
+            parts.append(
+                self._decode(q[rows, :, : self.nope], q_rope[rows], x_TH[rows], q_latent[rows], rope, step, cache)
+            )
         for segment in step.prefills:
             rows = slice(segment.start, segment.stop)
             q_rows = torch.cat((q[rows, :, : self.nope], q_rope[rows]), dim=2)
@@ -235,7 +238,9 @@ class MultiTokenPrediction:
         self.layer = Layer(config, ops, weight, index)
         self.head_norm = weight(f"{prefix}shared_head.norm.weight")
 
-    def __call__(self, embedded_TH: Tensor, hidden_TH: Tensor, rope: Rope, step: StepInput, cache: LayerCache) -> Tensor:
+    def __call__(
+        self, embedded_TH: Tensor, hidden_TH: Tensor, rope: Rope, step: StepInput, cache: LayerCache
+    ) -> Tensor:
         e = self.ops.rms_norm(embedded_TH, self.enorm, self.eps)
         h = self.ops.rms_norm(hidden_TH, self.hnorm, self.eps)
         y = self.layer(self.ops.linear(torch.cat((e, h), dim=1), self.eh_proj), rope, step, cache)
@@ -248,7 +253,9 @@ class DeepseekModel:
     `mtp` loads the multi-token-prediction layer, whose cache is the last of the list that `forward` and `draft` take.
     """
 
-    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight, positions: int, mtp: bool = False) -> None:
+    def __init__(
+        self, config: DeepseekConfig, ops: Operators, weight: Weight, positions: int, mtp: bool = False
+    ) -> None:
         self.config, self.ops = config, ops
         self.embed = weight("model.embed_tokens.weight")
         self.layers = [Layer(config, ops, weight, i) for i in range(config.num_hidden_layers)]

@@ -1,4 +1,5 @@
-"""Opening a Hugging Face checkpoint: memory-mapped safetensors, FP8 blocks dequantised, everything checked before use."""
+"""Opening a Hugging Face checkpoint: memory-mapped safetensors, FP8 blocks dequantised, everything checked before
+use."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tilery.models.config import ConfigError, DeepseekConfig, read_config, read_json, resolve_model
 from tilery.models.deepseek import DeepseekModel
-from tilery.models.inventory import Kind, TensorSpec, inventory
+from tilery.models.inventory import TensorSpec, inventory
 from tilery.ops.quant import E4M3, dequantize_blocks
 from tilery.ops.registry import Operators
 
@@ -30,8 +31,8 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """The tensors of a folder's safetensors files, by name, memory-mapped: nothing is read before it is asked for.
 
-    Raises `CheckpointError` if there are no safetensors files (pickle files are refused: loading them runs code), or a
-    file is named by the index but missing or cut short.
+    Raises `CheckpointError` if there are no safetensors files (pickle files are refused: loading them runs code), or
+    a file is named by the index but missing or cut short.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,8 +43,8 @@ class Checkpoint:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
             if pickles:
                 raise CheckpointError(
-                    f"{folder} holds pickle files ({', '.join(pickles[:3])}), which run code when they are loaded and are "
-                    "refused. Convert them to safetensors first."
+                    f"{folder} holds pickle files ({', '.join(pickles[:3])}), which run code when they are loaded "
+                    "and are refused. Convert them to safetensors first."
                 )
             raise CheckpointError(f"{folder} has no *.safetensors file.")
         missing = [name for name in files if not (folder / name).is_file()]
@@ -80,8 +81,8 @@ class Checkpoint:
     def check(self, specs: Iterable[TensorSpec], main_layers: int) -> None:
         """Compares names and shapes with `specs`; raises one `CheckpointError` that names all that differ.
 
-        Tolerated: missing copies of the embedding and head in MTP layers, BF16 files without scales, leftover tensors
-        of layers past those that are used, and the buffers in `IGNORED`.
+        Tolerated: missing copies of the embedding and head in MTP layers, BF16 files without scales, leftover
+        tensors of layers past those that are used, and the buffers in `IGNORED`.
         """
         known: set[str] = set()
         missing, misshapen = [], []
@@ -94,12 +95,14 @@ class Checkpoint:
                 continue
             if (shape := self.shape(spec.name)) != spec.shape:
                 misshapen.append(f"{spec.name} is {list(shape)}, expected {list(spec.shape)}")
-            if spec.kind is Kind.MATRIX and self._file_of[spec.name].get_slice(spec.name).get_dtype() == "F8_E4M3":
+            if len(spec.shape) == 2 and self._file_of[spec.name].get_slice(spec.name).get_dtype() == "F8_E4M3":
                 if scale not in self:
                     missing.append(scale)
                 elif (shape := self.shape(scale)) != spec.scale_shape:
                     misshapen.append(f"{scale} is {list(shape)}, expected {list(spec.scale_shape)}")
-        unknown = [n for n in self.names() if n not in known and not IGNORED.search(n) and not _extra_layer(n, main_layers)]
+        unknown = [
+            n for n in self.names() if n not in known and not IGNORED.search(n) and not _extra_layer(n, main_layers)
+        ]
         if not (missing or misshapen or unknown):
             return
         lines = [f"the tensors of {self.folder} do not fit its config.json:"]
@@ -137,7 +140,9 @@ def load_model(
     config = read_config(folder)
     checkpoint = Checkpoint(folder)
     if mtp and not has_mtp(checkpoint, config):
-        raise ConfigError(f"{folder} has no multi-token-prediction layer: speculative decoding with it is not possible.")
+        raise ConfigError(
+            f"{folder} has no multi-token-prediction layer: speculative decoding with it is not possible."
+        )
     specs = list(inventory(config, mtp=mtp))
     checkpoint.check(specs, config.num_hidden_layers)
     compute = torch.bfloat16 if dtype == torch.bfloat16 and ops.platform.bf16_matmul else torch.float32

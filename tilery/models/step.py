@@ -34,7 +34,8 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PrefillSegment:
-    """Tokens `start` to `stop` of the step: the newest of one request, whose context (they included) lies in `slots`."""
+    """Tokens `start` to `stop` of the step: the newest of one request, whose context (they included) lies in
+    `slots`."""
 
     start: int
     stop: int

@@ -1,13 +1,14 @@
 """Attention over the latent cache: absorbed for decode, un-absorbed for prefill.
 
-Legend: T query tokens, N heads, K cache rows a query reads, C context length, L latent, R rope, D = nope + R, V value dim.
+Legend: T query tokens, N heads, K cache rows a query reads, C context length, L latent, R rope, D = nope + R,
+V value dim.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilery.ops.cache import read_mla
+from tilery.ops.cache import read_mla, read_mla_cpu
 from tilery.ops.registry import implementation, operator
 
 
@@ -17,23 +18,32 @@ def mla_decode(q_TND: Tensor, cache: Tensor, slots_TK: Tensor, latent: int, scal
 
     q [T, N, L + R]: the query's nope part times W_UK, then its rotated rope part. cache: MLA rows (see `cache.py`).
     slots [T, K] int64: the rows each token attends to, in any order and pattern; -1 means none there. Every row must
-    name at least one slot. scale multiplies the scores. Softmax in fp32. Returns [T, N, L] in q's dtype (values are the
-    rows' latent part). Source: DeepSeek-V2 report, section 2.1.
+    name at least one slot; rows it does not name have no influence, be they NaN. scale multiplies the scores. Softmax
+    in fp32. Returns [T, N, L] in q's dtype (values are the rows' latent part). Source: DeepSeek-V2 report, section
+    2.1.
     """
     tokens, width = slots_TK.shape
-    rows = read_mla(cache, slots_TK.flatten(), latent, torch.float32).view(tokens, width, -1)
+    rows = read_mla(cache, _fill_holes(slots_TK).flatten(), latent, torch.float32).view(tokens, width, -1)
     scores = torch.einsum("tnd,tkd->tnk", q_TND.float(), rows) * scale
     scores = scores.masked_fill((slots_TK < 0)[:, None], float("-inf"))
     return torch.einsum("tnk,tkl->tnl", scores.softmax(-1), rows[..., :latent]).to(q_TND.dtype)
 
 
+def _fill_holes(slots_TK: Tensor) -> Tensor:
+    """-1 -> another slot of the same token. A hole weighs 0, but 0 * NaN is NaN: were slot 0 read instead, a request
+    whose rows overflowed there would spoil everybody's output."""
+    return torch.where(slots_TK < 0, slots_TK.amax(1, keepdim=True), slots_TK)
+
+
 @implementation("mla_decode", "batched-gather", "cpu")
 def mla_decode_cpu(q_TND: Tensor, cache: Tensor, slots_TK: Tensor, latent: int, scale: float) -> Tensor:
     tokens, width = slots_TK.shape
-    rows = read_mla(cache, slots_TK.reshape(-1), latent, q_TND.dtype).view(tokens, width, -1)
-    scores = torch.bmm(q_TND, rows.transpose(1, 2))
     hole = slots_TK < 0
-    if hole.any():
+    holes = bool(hole.any())
+    slots = _fill_holes(slots_TK) if holes else slots_TK
+    rows = read_mla_cpu(cache, slots.reshape(-1), latent, q_TND.dtype).view(tokens, width, -1)
+    scores = torch.bmm(q_TND, rows.transpose(1, 2))
+    if holes:
         scores.masked_fill_(hole[:, None], float("-inf"))
     weights = torch.softmax(scores.mul_(scale), dim=-1)
     return torch.bmm(weights, rows[..., :latent])

@@ -1,6 +1,7 @@
 """The KV cache's rows: writing them, and reading them back by slot.
 
-A slot is block * block_size + offset, the same in every group of a layer. Two formats, told apart by the tensor's dtype:
+A slot is block * block_size + offset, the same in every group of a layer. Two formats, told apart by the tensor's
+dtype:
 
 * plain: MLA rows [S, L + R] and indexer rows [S, D] of a float dtype;
 * packed (uint8), the field's FP8 layouts, so that kernels of FlashMLA and DeepGEMM read the same bytes:
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tilery.ops.quant import BLOCK, E4M3, quantize_groups
-from tilery.ops.registry import operator
+from tilery.ops.registry import implementation, operator
 
 PAGE = 64
 """Tokens of an indexer page: fixed by the kernels that read it."""
@@ -65,6 +66,31 @@ def read_mla(cache: Tensor, slots_T: Tensor, latent: int, dtype: torch.dtype) ->
     return torch.cat(((values * scale[..., None]).flatten(1).to(dtype), rope.to(dtype)), dim=1)
 
 
+def e4m3_to_float(x: Tensor) -> Tensor:
+    """e4m3 bytes (uint8) to fp32, exactly, NaN excepted: shifted left by 7 they are fp16 numbers 256 times smaller.
+
+    Four vector operations; the CPU's own conversion handles one element at a time.
+    """
+    half = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
+    return half.to(torch.float32).mul_(256.0)
+
+
+@implementation("read_mla", "bit-shift", "cpu")
+def read_mla_cpu(cache: Tensor, slots_T: Tensor, latent: int, dtype: torch.dtype) -> Tensor:
+    rows = cache.index_select(0, slots_T.clamp(min=0))
+    if cache.dtype != torch.uint8:
+        return rows.to(dtype)
+    groups = latent // BLOCK
+    scale = rows[:, latent : latent + 4 * groups].contiguous().view(torch.float32)
+    rope = rows[:, latent + 4 * groups :].contiguous().view(torch.bfloat16)
+    out = torch.empty(rows.shape[0], latent + rope.shape[1], dtype=dtype)
+    values = e4m3_to_float(rows[:, :latent].contiguous()).unflatten(1, (groups, BLOCK))
+    torch.mul(values, scale[..., None], out=values)
+    out[:, :latent] = values.flatten(1)
+    out[:, latent:] = rope
+    return out
+
+
 @operator
 def write_index(cache: Tensor, slots_T: Tensor, keys_TD: Tensor) -> None:
     """Stores the rotated indexer keys [T, D] of T tokens at their slots. In place.
@@ -92,3 +118,14 @@ def read_index(cache: Tensor, slots_T: Tensor, dtype: torch.dtype) -> Tensor:
     keys = cache[:, : PAGE * BLOCK].unflatten(1, (PAGE, BLOCK))[page, offset]
     scales = cache[:, PAGE * BLOCK :].unflatten(1, (PAGE, 4))[page, offset]
     return (keys.view(E4M3).to(torch.float32) * scales.contiguous().view(torch.float32)).to(dtype)
+
+
+@implementation("read_index", "bit-shift", "cpu")
+def read_index_cpu(cache: Tensor, slots_T: Tensor, dtype: torch.dtype) -> Tensor:
+    slots = slots_T.clamp(min=0)
+    if cache.dtype != torch.uint8:
+        return cache.index_select(0, slots).to(dtype)
+    page, offset = slots // PAGE, slots % PAGE
+    keys = cache[:, : PAGE * BLOCK].unflatten(1, (PAGE, BLOCK))[page, offset]
+    scales = cache[:, PAGE * BLOCK :].unflatten(1, (PAGE, 4))[page, offset]
+    return e4m3_to_float(keys).mul_(scales.contiguous().view(torch.float32)).to(dtype)

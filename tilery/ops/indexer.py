@@ -10,7 +10,7 @@ Legend: T query tokens, N indexer heads, D indexer head dim, C context length, K
 import torch
 from torch import Tensor
 
-from tilery.ops.cache import read_index
+from tilery.ops.cache import read_index, read_index_cpu
 from tilery.ops.registry import implementation, operator
 from tilery.ops.topk import top_k_positions, top_k_positions_cpu
 
@@ -29,8 +29,8 @@ def indexer_scores(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor) -> Tensor:
 def select_decode(q_TND: Tensor, weight_TN: Tensor, cache: Tensor, slots_TC: Tensor, k: int) -> Tensor:
     """Selects each token's k best cache rows out of its own context.
 
-    slots [T, C] int64: the context's rows in order of position, -1 past its end. Returns slots [T, min(k, C)], -1 where
-    the context has fewer than k. Tie rule: the lowest position wins.
+    slots [T, C] int64: the context's rows in order of position, -1 past its end. Returns slots [T, min(k, C)], -1
+    where the context has fewer than k. Tie rule: the lowest position wins.
     """
     rows = []
     for q, weight, slots in zip(q_TND, weight_TN, slots_TC):
@@ -44,7 +44,7 @@ def select_decode(q_TND: Tensor, weight_TN: Tensor, cache: Tensor, slots_TC: Ten
 @implementation("select_decode", "batched-gather", "cpu")
 def select_decode_cpu(q_TND: Tensor, weight_TN: Tensor, cache: Tensor, slots_TC: Tensor, k: int) -> Tensor:
     tokens, context = slots_TC.shape
-    keys = read_index(cache, slots_TC.reshape(-1), q_TND.dtype).view(tokens, context, -1)
+    keys = read_index_cpu(cache, slots_TC.reshape(-1), q_TND.dtype).view(tokens, context, -1)
     products = torch.bmm(q_TND, keys.transpose(1, 2)).relu_()
     scores = torch.bmm(weight_TN[:, None].to(products.dtype), products)[:, 0].float()
     scores.masked_fill_(slots_TC < 0, float("-inf"))
@@ -56,7 +56,8 @@ def select_decode_cpu(q_TND: Tensor, weight_TN: Tensor, cache: Tensor, slots_TC:
 def select_prefill(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor, k: int) -> Tensor:
     """Selects for the T newest tokens of a context of C keys which k positions, up to its own, each may see.
 
-    Returns a bool mask [T, C]; rows with at most k visible positions allow them all. Tie rule: the lowest position wins.
+    Returns a bool mask [T, C]; rows with at most k visible positions allow them all. Tie rule: the lowest position
+    wins.
     """
     return _select_prefill(q_TND, weight_TN, keys_CD, k, indexer_scores, top_k_positions)
 

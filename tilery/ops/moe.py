@@ -41,8 +41,8 @@ def experts_swiglu(
 ) -> Tensor:
     """y[t] = sum_k weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]) with e = experts[t, k].
 
-    x [T, H]; gate_up [E, 2I, H], gate first; down [H, E * I], expert e in columns e*I .. (e+1)*I. Returns [T, H] in x's
-    dtype.
+    x [T, H]; gate_up [E, 2I, H], gate first; down [H, E * I], expert e in columns e*I .. (e+1)*I. Returns [T, H] in
+    x's dtype.
     """
     width = gate_up_EIH.shape[1] // 2
     out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)

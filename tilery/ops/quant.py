@@ -30,7 +30,9 @@ def dequantize_blocks(weight_OI: Tensor, scale_inv: Tensor) -> Tensor:
     rows, columns = weight_OI.shape
     expected = (-(-rows // BLOCK), -(-columns // BLOCK))
     if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"scales for a [{rows}, {columns}] weight must be {list(expected)}, got {list(scale_inv.shape)}")
+        raise ValueError(
+            f"scales for a [{rows}, {columns}] weight must be {list(expected)}, got {list(scale_inv.shape)}"
+        )
     scale = scale_inv.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return weight_OI.float() * scale
 

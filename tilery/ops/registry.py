@@ -113,8 +113,8 @@ def _rank(entry: _Entry, platform: Platform) -> list[tuple[Implementation, str |
 def select(platform: Platform | None = None, overrides: Mapping[str, str] | None = None) -> Operators:
     """Binds every operator to its best valid implementation on `platform`.
 
-    `overrides` maps operator to implementation name; "*" names the default for all that have it (so
-    `{"*": "reference"}` runs everything through the references). Raises `ValueError` for a name that does not exist or
+    `overrides` maps operator to implementation name; "*" names the default for all that have it (so `{"*":
+    "reference"}` runs everything through the references). Raises `ValueError` for a name that does not exist or
     cannot run here, with the reason.
     """
     _load()
@@ -123,12 +123,15 @@ def select(platform: Platform | None = None, overrides: Mapping[str, str] | None
     unknown = [name for name in overrides if name != "*" and name not in _OPERATORS]
     if unknown:
         raise ValueError(f"unknown operator {unknown[0]!r}; there are: {', '.join(sorted(_OPERATORS))}")
+    wildcard = overrides.get("*")
+    if wildcard is not None and not any(wildcard in entry.implementations for entry in _OPERATORS.values()):
+        raise ValueError(f"no operator has an implementation {wildcard!r}")
     bound = Operators(platform=platform, chosen={})
     for name, entry in _OPERATORS.items():
         best = _rank(entry, platform)[0][0]
         wanted = overrides.get(name)
-        if wanted is None and overrides.get("*") in entry.implementations:
-            wanted = overrides["*"]
+        if wanted is None and wildcard in entry.implementations:
+            wanted = wildcard
         if wanted is not None:
             if wanted not in entry.implementations:
                 names = ", ".join(entry.implementations)
