@@ -3,12 +3,13 @@
     python -m recipes.bundled_model.data --corpus CORPUS_DIR --tokenizer TOKENIZER_DIR --out TOKENS_DIR
 
 CORPUS_DIR holds `train-*.txt.xz` and `heldout.txt.xz`: UTF-8 text, documents separated by form feeds. Writes
-`books-*.u16.xz`, `dialogue.u16.xz`, `heldout.u16.xz` (little-endian uint16 token ids, xz-compressed). Every document
-is BOS, text, EOS. A conversation is written in the chat template's form, so that the chat endpoints get answers in the
-manner of a novel's dialogue instead of tokens the model has never seen.
+`books-*.u16.xz`, `dialogue.u16.xz`, `heldout.u16.xz` (little-endian uint16 token ids, xz-compressed) and `data.json`.
+Every document is BOS, text, EOS. A conversation is written in the chat template's form, so that the chat endpoints get
+answers in the manner of a novel's dialogue instead of tokens the model has never seen.
 """
 
 import argparse
+import json
 import lzma
 import random
 import re
@@ -175,7 +176,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     bos, eos = np.array([BOS_ID], np.uint16), np.array([EOS_ID], np.uint16)
     rng = random.Random(0)
-    chats = []
+    chats, rows = [], []
     for path in [*sorted(args.corpus.glob("train-*.txt.xz")), args.corpus / "heldout.txt.xz"]:
         texts = list(documents(path))
         ids = encode(tokenizer, texts)
@@ -183,12 +184,16 @@ def main() -> None:
         name = path.name.removesuffix(".txt.xz").replace("train", "books")
         write_tokens(args.out / f"{name}.u16.xz", stream)
         size = sum(len(text.encode()) for text in texts)
-        print(f"{name}: {len(texts)} documents, {size} bytes, {stream.size} tokens", flush=True)
+        rows.append({"stream": name, "documents": len(texts), "bytes": size, "tokens": stream.size})
+        print(rows[-1], flush=True)
         if name != "heldout":
             chats.extend(BOS + chat_text(turns, rng) for text in texts for turns in conversations(text))
     stream = np.concatenate(encode(tokenizer, chats))
     write_tokens(args.out / "dialogue.u16.xz", stream)
-    print(f"dialogue: {len(chats)} conversations, {stream.size} tokens")
+    size = sum(len(text.encode()) for text in chats)
+    rows.append({"stream": "dialogue", "documents": len(chats), "bytes": size, "tokens": stream.size})
+    print(rows[-1])
+    (args.out / "data.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

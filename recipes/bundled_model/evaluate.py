@@ -231,7 +231,7 @@ def load(args: argparse.Namespace) -> tuple[DeepSeekV32, dict[str, Tensor], dict
     cfg = ModelConfig(**sizes)
     model = DeepSeekV32(cfg, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     facts = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "activations": str(model.dtype),
     }

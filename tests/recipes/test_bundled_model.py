@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.bundled_model import export
+from recipes.bundled_model import corpus, export, model_card
 from recipes.bundled_model.data import Windows, chat_text, conversations, turn, write_tokens
 from recipes.bundled_model.model import Attend, DeepSeekV32, Gate, ModelConfig, topk_mask
 from recipes.bundled_model.optim import orthogonalize
 from recipes.bundled_model.tokenizer import BOS_ID, SPECIAL_TOKENS, config, train
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "tilery/bundled/tilery-books-26m"
 
 TINY = ModelConfig(
     vocab_size=300,
@@ -238,7 +241,7 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, tiny_tokenizer: Path)
     rng = np.random.default_rng(0)
     for name in ("books-00", "dialogue"):
         write_tokens(tmp_path / f"{name}.u16.xz", rng.integers(3, 300, 6000).astype(np.uint16))
-    plan = Path(__file__).resolve().parents[2] / "recipes/bundled_model/plans/tiny.json"
+    plan = ROOT / "recipes/bundled_model/plans/tiny.json"
     values = json.loads(plan.read_text())
     values["model"]["vocab_size"] = 300
     for stage, steps in zip(values["stages"], (4, 2, 2)):
@@ -265,3 +268,52 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, tiny_tokenizer: Path)
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert whole.curve[0]["lm"] == pytest.approx(np.log(300), abs=0.3)
     assert any(layer.mlp.gate.e_score_correction_bias.abs().sum() > 0 for layer in whole.model.moe_layers())
+
+
+def test_every_plan_is_readable() -> None:
+    from recipes.bundled_model.train import Plan, Stage
+
+    for name in ("full", "short", "tiny"):
+        plan = Plan.read(ROOT / f"recipes/bundled_model/plans/{name}.json", {})
+        assert all(stage.attend in Attend.__members__ for stage in plan.stages)
+    stage = Stage("s", "DENSE", 8, 1, warmup=0.1, hold=0.5, rate_from=1.0, rate_to=0.2)
+    assert [round(stage.rate(f), 6) for f in (0.0, 0.05, 0.3, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 1.0, 0.6, 0.2]
+
+
+def test_corpus_is_cleaned_and_cut_into_documents(tmp_path: Path) -> None:
+    from recipes.bundled_model.tokenizer import documents
+
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A/one.md").write_bytes("# One \r\n\r\n\r\n\r\nText — é\n".encode())
+    (tmp_path / "A/two.md").write_text("Two\n")
+    titles = tmp_path / "titles.txt"
+    titles.write_text("train-00\tA/one.md\ntrain-00\tA/two.md\nheldout\tA/two.md\n")
+    assert corpus.build(tmp_path, tmp_path / "out", titles) == {"train-00": 2, "heldout": 1}
+    assert list(documents(tmp_path / "out/train-00.txt.xz")) == ["# One\n\nText — é\n", "Two\n"]
+    assert {name: len(paths) for name, paths in corpus.shards(corpus.TITLES).items()}["heldout"] == 12
+
+
+def test_shipped_model_reads_books() -> None:
+    """The shipped FP8 weights give a book's opening a loss that only a trained model gives, with either attention."""
+    from tokenizers import Tokenizer
+
+    text = (
+        "It was a bright cold morning, and the old man stood at the window, looking out upon the sea. He had not "
+        "slept, for the wind had risen in the night, and he had thought of the boats that were still out in the bay."
+    )
+    ids = torch.tensor([Tokenizer.from_file(str(SHIPPED / "tokenizer.json")).encode(text).ids])
+    cfg = ModelConfig.from_hf(SHIPPED / "config.json")
+    model = export.load_tensors(DeepSeekV32(cfg), export.read_pieces(SHIPPED, "model.safetensors"))
+    with torch.no_grad():
+        for attend in (Attend.DENSE, Attend.SPARSE_ONLY):
+            logits = model.logits(model(ids, attend=attend).hidden_BSH)
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+            assert loss < 3.5
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 32e6
+
+
+def test_model_card_is_what_the_results_say() -> None:
+    cfg = ModelConfig.from_hf(SHIPPED / "config.json")
+    size = (SHIPPED / "model.safetensors").stat().st_size
+    card = model_card.card(ROOT / "recipes/bundled_model/results", cfg, size)
+    assert (SHIPPED / "README.md").read_text(encoding="utf-8") == card, "run recipes.bundled_model.model_card"

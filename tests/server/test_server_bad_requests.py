@@ -55,7 +55,7 @@ def check(server: Server, path: str, body: bytes) -> None:
     assert b"InternalServerError" not in response.content  # as an event of a stream
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(path=st.sampled_from(ENDPOINTS), changed=fields)
 def test_any_value_in_any_field(server: Server, path: str, changed: dict[str, Any]) -> None:
     given = {**VALID, **changed}
@@ -75,7 +75,7 @@ def test_any_conversation(server: Server, messages: list[Any], tools: list[Any],
     check(server, "/v1/chat/completions", json.dumps(body).encode("utf-8", "surrogatepass"))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(path=st.sampled_from(ENDPOINTS), body=st.binary(max_size=40) | values.map(lambda v: json.dumps(v).encode()))
 def test_any_bytes(server: Server, path: str, body: bytes) -> None:
     check(server, path, body)

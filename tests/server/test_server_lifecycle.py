@@ -6,9 +6,12 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -51,8 +54,21 @@ def test_ready_line_and_clean_exit() -> None:
 
 
 def test_failing_core_says_why() -> None:
-    with pytest.raises(RuntimeError, match="The engine could not start: ValueError: no such model"):
+    with pytest.raises(RuntimeError, match="The engine could not start: no such model"):
         Server(core="tests.server.fake_core:FailingCore")
+
+
+def test_missing_model_says_why() -> None:
+    code = """
+from tilery.engine.config import EngineConfig
+from tilery.server import ServerConfig, run
+run(EngineConfig(model="/nowhere"), ServerConfig(port=0), core="tests.server.fake_core:FailingCore")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=20)
+    assert answer.returncode == 1
+    assert "StartError: no model folder '/nowhere'" in answer.stderr
+    assert "never retrieved" not in answer.stderr
 
 
 def test_busy_port_says_so() -> None:
@@ -162,15 +178,25 @@ def test_second_signal_ends_at_once(slow: Server) -> None:
     running.result()
 
 
-def test_engine_leaves_with_its_parent() -> None:
+def sockets() -> set[Path]:
+    """The private folders of all engines of this machine."""
+    return set(Path(tempfile.gettempdir()).glob("tilery-*"))
+
+
+def test_engine_leaves_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    before = sockets()
     with Server() as server:
         pid = engine_pid(server)
+        assert sockets() > before
         server.process.kill()
         server.process.wait()
         end = time.monotonic() + 2
         while os.path.exists(f"/proc/{pid}") and "Z" not in _state(pid):
             assert time.monotonic() < end, "the engine outlived its parent"
             time.sleep(0.02)
+        assert sockets() <= before
 
 
 def _state(pid: int) -> str:

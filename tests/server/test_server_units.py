@@ -32,7 +32,7 @@ arguments = st.dictionaries(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(calls=st.lists(st.tuples(names, arguments), min_size=1, max_size=3), blanks=st.booleans(), data=st.data())
 def test_required_calls_however_they_are_cut(calls: list[tuple[str, dict]], blanks: bool, data: st.DataObject) -> None:
     objects = [{"name": name, "parameters": parameters} for name, parameters in calls]

@@ -254,9 +254,7 @@ class EngineCore:
             self._compiler = GrammarCompiler(path.read_text(encoding="utf-8"), self.info.vocab_size, self.eos_token_ids)
         return self._compiler
 
-    def _refuse(
-        self, message: AddRequest, kind: ErrorKind, text: str, choices: Sequence[int] | None = None
-    ) -> None:
+    def _refuse(self, message: AddRequest, kind: ErrorKind, text: str, choices: Sequence[int] | None = None) -> None:
         """Answers for these choices of a request, or for all."""
         self._refused += 1
         for index in range(message.params.n) if choices is None else choices:
@@ -498,7 +496,9 @@ class EngineCore:
         elif tokens:
             self._outputs.append(self._output(child, tokens, result.logprobs))
 
-    def _output(self, child: _Child, tokens: Sequence[int], logprobs: list[TokenLogprobs] | None = None) -> EngineOutput:
+    def _output(
+        self, child: _Child, tokens: Sequence[int], logprobs: list[TokenLogprobs] | None = None
+    ) -> EngineOutput:
         request = child.request
         first = not child.told_prompt
         child.told_prompt = True

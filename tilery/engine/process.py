@@ -17,6 +17,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -186,16 +187,22 @@ def run_engine(launch: Launch) -> int:
         socket.setsockopt(zmq.RCVHWM, 0)
     events.connect(launch.event_address)
     commands.connect(launch.command_address)
+    core: Core | None = None
     try:
         module, _, name = launch.core.partition(":")
         core = getattr(importlib.import_module(module), name)(launch.config)
+        assert core is not None
         gc.collect()
         gc.freeze()  # weights and modules live as long as the process: never scan them again
         EngineLoop(core, commands, events).run()
         return 0
     except Exception as error:
-        traceback.print_exc()
-        events.send(msgspec.msgpack.encode(Dead(error=f"{type(error).__name__}: {error}")))
+        if core is None and isinstance(error, ValueError | OSError):  # settings or files: the text says it all
+            reason = str(error)
+        else:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        events.send(msgspec.msgpack.encode(Dead(error=reason)))
         return 1
     finally:
         commands.close(linger=0)
@@ -208,10 +215,11 @@ def read_launch() -> Launch:
     return msgspec.msgpack.decode(sys.stdin.buffer.read(length), type=Launch)
 
 
-def exit_with_parent() -> None:
-    """Ends this process as soon as stdin closes, even in the middle of a step."""
+def exit_with_parent(launch: Launch) -> None:
+    """Ends this process as soon as stdin closes, even in the middle of a step, and clears the sockets away."""
     while os.read(0, 4096):
         pass
+    shutil.rmtree(os.path.dirname(launch.event_address.removeprefix("ipc://")), ignore_errors=True)
     os._exit(1)
 
 
@@ -220,7 +228,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
     launch = read_launch()
-    threading.Thread(target=exit_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(launch,), name="parent-watch", daemon=True).start()
     code = run_engine(launch)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -58,9 +58,9 @@ class Runner:
     """Raises `ConfigError`, `CheckpointError` or `ValueError` for a model or settings that do not fit."""
 
     def __init__(self, config: EngineConfig) -> None:
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         dtype = TORCH_DTYPES[config.dtype.value]
         self.ops = registry.select()
+        self.ops.set_threads(config.threads or len(os.sched_getaffinity(0)))
         self.folder = resolve_model(config.model)
         self.speculates = config.speculative_tokens > 0
         self.model = load_model(

@@ -31,7 +31,7 @@ from tilery.models.step import StepInput
 from tilery.ops.registry import Operators
 
 Weight = Callable[..., Tensor]
-"""`weight(name)` returns a tensor of the checkpoint in the compute dtype; `weight(name, torch.float32)` in fp32."""
+"""`weight(name)` returns a matrix of the checkpoint in the dtype it is kept in, `weight(name, torch.float32)` in fp32."""
 
 
 def rope_table(config: DeepseekConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ class Attention:
         names += ["indexer.wk"] if config.sparse else []
         self.w_in = torch.cat([weight(f"{prefix}{name}.weight") for name in names])
         self.q_b = weight(f"{prefix}q_b_proj.weight") if config.q_lora_rank else None
-        self.q_norm = weight(f"{prefix}q_a_layernorm.weight") if config.q_lora_rank else None
-        self.kv_norm = weight(f"{prefix}kv_a_layernorm.weight")
+        self.q_norm = weight(f"{prefix}q_a_layernorm.weight", torch.float32) if config.q_lora_rank else None
+        self.kv_norm = weight(f"{prefix}kv_a_layernorm.weight", torch.float32)
         self.kv_b = weight(f"{prefix}kv_b_proj.weight")  # per head: nope rows of K, then V rows
         per_head = self.kv_b.unflatten(0, (self.heads, -1))
         self.w_uk = per_head[:, : self.nope].contiguous()  # [N, nope, L]
@@ -209,8 +209,8 @@ class Layer:
     def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight, index: int) -> None:
         prefix = f"model.layers.{index}."
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.input_norm = weight(f"{prefix}input_layernorm.weight")
-        self.post_norm = weight(f"{prefix}post_attention_layernorm.weight")
+        self.input_norm = weight(f"{prefix}input_layernorm.weight", torch.float32)
+        self.post_norm = weight(f"{prefix}post_attention_layernorm.weight", torch.float32)
         self.attention = Attention(config, ops, weight, f"{prefix}self_attn.")
         self.ffn: MoE | FeedForward
         if config.is_moe(index):
@@ -233,10 +233,10 @@ class MultiTokenPrediction:
         index = config.num_hidden_layers
         prefix = f"model.layers.{index}."
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.enorm, self.hnorm = weight(f"{prefix}enorm.weight"), weight(f"{prefix}hnorm.weight")
+        self.enorm, self.hnorm = weight(f"{prefix}enorm.weight", torch.float32), weight(f"{prefix}hnorm.weight", torch.float32)
         self.eh_proj = weight(f"{prefix}eh_proj.weight")
         self.layer = Layer(config, ops, weight, index)
-        self.head_norm = weight(f"{prefix}shared_head.norm.weight")
+        self.head_norm = weight(f"{prefix}shared_head.norm.weight", torch.float32)
 
     def __call__(
         self, embedded_TH: Tensor, hidden_TH: Tensor, rope: Rope, step: StepInput, cache: LayerCache
@@ -248,18 +248,25 @@ class MultiTokenPrediction:
 
 
 class DeepseekModel:
-    """The whole model. `positions` is the longest context it will see (tables are made for it).
+    """The whole model. `positions` is the longest context it will see (tables are made for it), `dtype` that of
+    activations (weights may be narrower where the operators allow it).
 
     `mtp` loads the multi-token-prediction layer, whose cache is the last of the list that `forward` and `draft` take.
     """
 
     def __init__(
-        self, config: DeepseekConfig, ops: Operators, weight: Weight, positions: int, mtp: bool = False
+        self,
+        config: DeepseekConfig,
+        ops: Operators,
+        weight: Weight,
+        positions: int,
+        dtype: torch.dtype,
+        mtp: bool = False,
     ) -> None:
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.dtype = config, ops, dtype
         self.embed = weight("model.embed_tokens.weight")
         self.layers = [Layer(config, ops, weight, i) for i in range(config.num_hidden_layers)]
-        self.norm = weight("model.norm.weight")
+        self.norm = weight("model.norm.weight", torch.float32)
         self.head = self.embed if config.tie_word_embeddings else weight("lm_head.weight")
         self.mtp = MultiTokenPrediction(config, ops, weight) if mtp else None
         self.cos, self.sin = rope_table(config, positions)
@@ -273,7 +280,7 @@ class DeepseekModel:
 
     def forward(self, step: StepInput, caches: list[LayerCache]) -> Tensor:
         """Writes the step's cache rows and returns hidden states [T, H] after the final norm."""
-        x = self.embed.index_select(0, step.token_ids)
+        x = self.embed.index_select(0, step.token_ids).to(self.dtype)
         rope = self._rope(step)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, step, cache)
@@ -283,7 +290,8 @@ class DeepseekModel:
         """Hidden states [T, H] whose logits predict the token after `next_ids` [T] (int64: the token after each)."""
         if self.mtp is None:
             raise ValueError("the multi-token-prediction layer was not loaded")
-        return self.mtp(self.embed.index_select(0, next_ids), hidden_TH, self._rope(step), step, caches[-1])
+        embedded = self.embed.index_select(0, next_ids).to(self.dtype)
+        return self.mtp(embedded, hidden_TH, self._rope(step), step, caches[-1])
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, V] fp32."""

@@ -37,7 +37,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+        path = folder / "model.safetensors.index.json"
+        index = read_json(path).get("weight_map", {})
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{path} is not an index: its weight_map must be a JSON object.")
         files = sorted(set(index.values())) or sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
@@ -145,14 +148,17 @@ def load_model(
         )
     specs = list(inventory(config, mtp=mtp))
     checkpoint.check(specs, config.num_hidden_layers)
-    compute = torch.bfloat16 if dtype == torch.bfloat16 and ops.platform.bf16_matmul else torch.float32
+    native = dtype == torch.bfloat16 and ops.platform.bf16_matmul
+    compute = torch.bfloat16 if native else torch.float32
+    stored = dtype if native or ops.narrow_weights else torch.float32
     bar = _Progress(len(specs), progress)
 
     def weight(name: str, kind: torch.dtype | None = None) -> Tensor:
         bar.advance()
-        return checkpoint.weight(name, dtype).to(compute) if kind is None else checkpoint.weight(name, kind)
+        made = checkpoint.weight(name, dtype).to(stored) if kind is None else checkpoint.weight(name, kind)
+        return made.clone()  # nothing may point into the file, whose pages would stay resident
 
-    model = DeepseekModel(config, ops, weight, positions or config.max_position_embeddings, mtp)
+    model = DeepseekModel(config, ops, weight, positions or config.max_position_embeddings, compute, mtp)
     bar.close()
     return model
 

@@ -12,7 +12,8 @@ from tilery.ops.registry import operator
 
 @operator
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """y = x @ weight^T: [T, I] x [O, I] -> [T, O]. Operands share a float dtype; sums in fp32."""
+    """y = x @ weight^T: [T, I] x [O, I] -> [T, O]. Operands share a float dtype (or fp32 by bf16
+    where `Operators.narrow_weights` says so); sums in fp32."""
     return F.linear(x_TI, weight_OI)
 
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-MODULES = ("attention", "cache", "elementwise", "indexer", "linear", "moe", "quant", "topk")
-"""The modules of this package that declare operators."""
+MODULES = ("attention", "cache", "elementwise", "indexer", "linear", "moe", "quant", "topk", "native")
+"""The modules of this package that declare operators; `native` needs a C++ compiler and says so where there is none."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,6 +95,19 @@ class Operators(SimpleNamespace):
 
     platform: Platform
     chosen: dict[str, str]
+
+    @property
+    def narrow_weights(self) -> bool:
+        """Whether products take bf16 weights with fp32 activations, so that a bf16 model need not be widened."""
+        return self.chosen["linear"] == self.chosen["experts_swiglu"] == self.chosen["heads_linear"] == "native"
+
+    def set_threads(self, count: int) -> None:
+        """CPU threads that tensor work may use from now on, in this process."""
+        torch.set_num_threads(count)
+        if "native" in self.chosen.values():
+            from tilery.ops import native
+
+            native.set_threads(count)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no operator named {name!r}; there are: {', '.join(sorted(_OPERATORS))}")

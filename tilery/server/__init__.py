@@ -2,10 +2,11 @@
 
 A request's way: `exchange` (one HTTP request) -> `app` (keys, routes, errors) -> `completions` or `chat_completions`
 (validate, tokenise) -> `generation` (engine outputs to text) -> `sse` or one JSON body.
-May be imported from here: `run`, `ServerConfig`. Imports downwards only: engine (no torch), observe.
+May be imported from here: `run`, `ServerConfig`, `StartError`. Imports downwards only: engine (no torch), observe, and
+models.config, which says where a model's folder is.
 """
 
 from tilery.server.config import ServerConfig
-from tilery.server.run import run
+from tilery.server.run import StartError, run
 
-__all__ = ["ServerConfig", "run"]
+__all__ = ["ServerConfig", "StartError", "run"]

@@ -49,18 +49,24 @@ def run(config: EngineConfig, server: ServerConfig, core: str = DEFAULT_CORE) ->
     try:
         import uvloop
     except ImportError:  # no uvloop on Windows
-        asyncio.run(_serve(config, server, core, started))
+        loop_runner = asyncio.run
     else:
-        uvloop.run(_serve(config, server, core, started))
+        loop_runner = uvloop.run
+    with contextlib.suppress(asyncio.CancelledError):  # SIGTERM while it starts
+        loop_runner(_serve(config, server, core, started))
 
 
 async def _serve(config: EngineConfig, server: ServerConfig, core: str, started: float) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     listener = _bind(server.host, server.port)
     with contextlib.closing(listener):
         loading = asyncio.create_task(asyncio.to_thread(_load, config, server))
         try:
             client = await EngineClient.launch(config, core)
         except EngineDeadError as error:
+            await loading  # a missing tokenizer is the clearer reason
             raise StartError(f"The engine could not start: {error}") from None
         try:
             tokenizer, chat = await loading
