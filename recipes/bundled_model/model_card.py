@@ -122,8 +122,9 @@ def card(results: Path, cfg: ModelConfig, weight_bytes: int) -> str:
         "## Files",
         wrap(
             f"""{train["parameters"]:,} parameters, {weight_bytes / 1e6:.1f} MB of weights in DeepSeek's FP8 format:
-            e4m3 with one F32 scale per 128 x 128 block (`weight_scale_inv`); embeddings, head, norms and router in BF16.
-            {cfg.num_hidden_layers} layers of hidden size {cfg.hidden_size}, the first one dense; {cfg.n_routed_experts}
+            e4m3 with one F32 scale per 128 x 128 block (`weight_scale_inv`); embeddings, head, norms and router in
+            BF16. {cfg.num_hidden_layers} layers of hidden size {cfg.hidden_size}, the first one dense;
+            {cfg.n_routed_experts}
             experts in {cfg.n_group} groups, of which {cfg.num_experts_per_tok} work on a token, and one shared expert;
             {cfg.num_attention_heads} heads over a latent of {cfg.kv_lora_rank} + {cfg.qk_rope_head_dim}; an indexer of
             {cfg.index_n_heads} heads that picks {cfg.index_topk} keys; one MTP layer, which shares embedding and head
@@ -134,8 +135,9 @@ def card(results: Path, cfg: ModelConfig, weight_bytes: int) -> str:
         wrap(
             f"""{len(train["finished"])} stages on one {train["device"]}, {total / 1e6:.0f} M tokens in
             {seconds / 60:.1f} minutes: {sum(row["documents"] for row in books_rows)} books ({unique / 1e6:.1f} M
-            tokens, {sum(row["bytes"] for row in books_rows) / 1e6:.0f} MB), each seen about {total * 0.95 / unique:.0f} times,
-            and {talk["documents"]:,} conversations cut from the books' dialogue ({talk["tokens"] / 1e6:.1f} M tokens)
+            tokens, {sum(row["bytes"] for row in books_rows) / 1e6:.0f} MB), each seen about
+            {total * 0.95 / unique:.0f} times, and {talk["documents"]:,} conversations cut from the books' dialogue
+            ({talk["tokens"] / 1e6:.1f} M tokens)
             in the chat template's form, 5 % of every batch. In a quarter of the replies that come with narration, the
             narration stands in as the thoughts before `</think>`."""
         ),
@@ -155,8 +157,8 @@ def card(results: Path, cfg: ModelConfig, weight_bytes: int) -> str:
         quality(books),
         wrap(
             f"""In greedy generation from the prompts below {greedy["drafts_equal_to_token"]:.1%} of the drafts equal
-            the next token: greedy text of so small a model falls into loops, which are easy to foresee. At temperature 0.8
-            {sampled["drafts_equal_to_token"]:.1%} of the greedy drafts equal the sampled token."""
+            the next token: greedy text of so small a model falls into loops, which are easy to foresee. At temperature
+            0.8 {sampled["drafts_equal_to_token"]:.1%} of the greedy drafts equal the sampled token."""
         ),
         "Loss per token by position, shipped weights:",
         positions(books),

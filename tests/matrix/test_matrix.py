@@ -42,6 +42,17 @@ def checkpoints(tmp_path_factory):
     return {fp8: write_checkpoint(folder / f"fp8-{fp8}", fp8=fp8) for fp8 in (False, True)}
 
 
+@pytest.fixture(scope="session")
+def dense_checkpoints(tmp_path_factory):
+    """The same weights with an index_topk that no context here exceeds.
+
+    Random weights give flat index scores: in bf16 a rounding then flips which key is selected, and the output jumps by
+    any amount. The bound on drift is for these; sparse bf16 is held to it with trained weights (`test_bundled.py`).
+    """
+    folder = tmp_path_factory.mktemp("dense")
+    return {fp8: write_checkpoint(folder / f"fp8-{fp8}", fp8=fp8, index_topk=512) for fp8 in (False, True)}
+
+
 def engine(folder, **settings):
     base = {"dtype": "float32", "cache_tokens": 4096, "progress": False, "enable_prefix_cache": False, "threads": 1}
     return EngineCore(msgspec.convert({"model": str(folder), **base, **settings}, EngineConfig))
@@ -119,10 +130,10 @@ def really_on(features, stats):
 def expected(checkpoints):
     made = {}
 
-    def get(params, **settings):
-        key = (tuple(p.temperature for p in params), *sorted(settings.items()))
+    def get(params, which=checkpoints, **settings):
+        key = (which[False], tuple(p.temperature for p in params), *sorted(settings.items()))
         if key not in made:
-            made[key] = plain(checkpoints[False], params, **settings)
+            made[key] = plain(which[False], params, **settings)
         return made[key]
 
     return get
@@ -142,9 +153,9 @@ def test_pair_in_fp32(checkpoints, expected, features, cache_dtype):
 
 
 @pytest.mark.parametrize("features", PAIRS, ids="+".join)
-def test_pair_in_bf16(checkpoints, expected, features):
-    got, core = combined(checkpoints, features, ALL_GREEDY, dtype="bfloat16")
-    for choices, (tokens, logprobs) in zip(got, expected(ALL_GREEDY, dtype="bfloat16")):
+def test_pair_in_bf16(dense_checkpoints, expected, features):
+    got, core = combined(dense_checkpoints, features, ALL_GREEDY, dtype="bfloat16")
+    for choices, (tokens, logprobs) in zip(got, expected(ALL_GREEDY, dense_checkpoints, dtype="bfloat16")):
         for chosen, values in choices:
             common = next((i for i, (a, b) in enumerate(zip(chosen, tokens)) if a != b), len(tokens))
             assert common > 0

@@ -1,4 +1,4 @@
-"""Building the C++ kernels: when there are none, operators say why and torch runs; results do not depend on the batch."""
+"""The C++ kernels: where there are none, operators say why and torch runs; results do not depend on the batch."""
 
 import subprocess
 import sys

@@ -255,14 +255,14 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, tiny_tokenizer: Path)
     whole = trainer()
     while whole.stage_index < 3:
         whole.run_stage(float("inf"), log_every=1)
-    parts, sessions = trainer(), 0
+    parts, stops = trainer(), 0
     while parts.stage_index < 3:
         if not parts.run_stage(float("-inf"), log_every=1):  # stops after every step
             parts.save(tmp_path / "state.pt")
             parts = trainer()
             parts.load(tmp_path / "state.pt")
-            sessions += 1
-    assert sessions == 8
+            stops += 1
+    assert stops == 8
     assert [row["stage"] for row in parts.curve] == ["dense"] * 4 + ["indexer"] * 2 + ["sparse"] * 2
     for a, b in zip(whole.model.state_dict().values(), parts.model.state_dict().values()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -101,6 +101,12 @@ class FakeCore:
             self.counts["aborted"] += 1
             self.waiting_outputs.append(self.output(child, [], FinishReason.ABORT))
 
+    def abort_child(self, request_id: str, index: int) -> None:
+        for child in [c for c in self.children if (c.request.request_id, c.index) == (request_id, index)]:
+            self.children.remove(child)
+            self.counts["aborted"] += 1
+            self.waiting_outputs.append(self.output(child, [], FinishReason.ABORT))
+
     def step(self) -> list[EngineOutput]:
         if self.crash:
             raise RuntimeError("the fake core was told to crash")

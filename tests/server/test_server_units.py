@@ -166,6 +166,21 @@ def test_client_abort_answers_every_child() -> None:
     asyncio.run(main())
 
 
+def test_client_abort_of_one_choice_leaves_the_others() -> None:
+    async def main() -> None:
+        client = await launch()
+        ends: dict[int, FinishReason] = {}
+        with client.generate(request("a", "<<slow>>", n=3, max_tokens=12)) as stream:
+            async for batch in stream:
+                client.abort_choice("a", 1)
+                client.abort_choice("unknown", 0)
+                ends |= {output.index: output.finish_reason for output in batch if output.finish_reason is not None}
+        assert ends == {0: FinishReason.LENGTH, 1: FinishReason.ABORT, 2: FinishReason.LENGTH}
+        await client.close()
+
+    asyncio.run(main())
+
+
 def test_client_death_reaches_everybody() -> None:
     async def main() -> None:
         client = await launch()

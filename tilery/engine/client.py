@@ -25,6 +25,7 @@ import zmq
 
 from tilery.engine.config import EngineConfig
 from tilery.engine.messages import (
+    AbortChoice,
     AbortRequests,
     AddRequest,
     Call,
@@ -203,6 +204,11 @@ class EngineClient:
     def check_alive(self) -> None:
         if self.dead is not None:
             raise EngineDeadError(self.dead)
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """Ends one choice of a request whose other choices go on."""
+        if request_id in self._streams and self.dead is None:
+            self._send(AbortChoice(request_id=request_id, index=index))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Nobody reads these any more: drop what still arrives and let the engine stop working on them."""

@@ -344,7 +344,7 @@ class EngineCore:
         if self.runner.speculates:
             for result in results:
                 result.child.mtp.add(result.item.start, result.hidden[: result.num_valid])
-            if not pure or self.policy.use_drafts(decoding):
+            if self.policy.use_drafts(decoding) if pure else not self.policy.disabled:
                 drafts = self._draft(results)
         now = time.monotonic()
         for result in results:
@@ -491,6 +491,8 @@ class EngineCore:
         child.mtp.trim()
         child.sampler.append(tokens)
         if result.finish is not None:
+            if result.finish is FinishReason.ERROR:
+                self.cache.discard(request)  # its rows may hold what made it fail: let nobody share them
             self.scheduler.finish(request, result.finish, result.stop_reason)
             self._finished(request, tokens, result.logprobs, result.error)
         elif tokens:

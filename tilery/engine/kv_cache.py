@@ -229,6 +229,12 @@ class KVCache:
         request.block_table = []
         request.num_committed = request.num_computed = 0
 
+    def discard(self, request: Request) -> None:
+        """`free`, and nobody finds what the request held: for one whose rows may be wrong."""
+        for block in request.block_table:
+            self.pool._forget(block)
+        self.free(request)
+
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached content, as new weights require; False, and no change, while a request holds blocks."""
         if self.num_used:

@@ -130,6 +130,13 @@ class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     """Unknown ids are ignored (they may have finished). Each unfinished child answers once with FinishReason.ABORT."""
 
 
+class AbortChoice(msgspec.Struct, frozen=True, kw_only=True, tag="abort_choice"):
+    """Ends one choice of a request; its siblings go on. It answers like an aborted request."""
+
+    request_id: str
+    index: int
+
+
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
     """An administrative call, answered by a `Reply` of the same id: "reset_prefix_cache", "stats", "ping"."""
 
@@ -141,7 +148,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Stop at once; running requests are answered with FinishReason.ABORT."""
 
 
-Command = AddRequest | AbortRequests | Call | Shutdown
+Command = AddRequest | AbortRequests | AbortChoice | Call | Shutdown
 
 
 # ---- engine process -> API process -------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import zmq
 
 from tilery.engine.config import EngineConfig
 from tilery.engine.messages import (
+    AbortChoice,
     AbortRequests,
     AddRequest,
     Call,
@@ -69,6 +70,7 @@ class Core(Protocol):
 
     def add(self, request: AddRequest) -> None: ...
     def abort(self, request_ids: list[str]) -> None: ...
+    def abort_child(self, request_id: str, index: int) -> None: ...
     def step(self) -> list[EngineOutput]: ...
     def has_work(self) -> bool: ...
     def stats(self) -> EngineStats: ...
@@ -120,6 +122,9 @@ class EngineLoop:
                 return True
             case AbortRequests():
                 self.core.abort(command.request_ids)
+                return True
+            case AbortChoice():
+                self.core.abort_child(command.request_id, command.index)
                 return True
             case Call():
                 self.call(command)

@@ -31,7 +31,7 @@ from tilery.models.step import StepInput
 from tilery.ops.registry import Operators
 
 Weight = Callable[..., Tensor]
-"""`weight(name)` returns a matrix of the checkpoint in the dtype it is kept in, `weight(name, torch.float32)` in fp32."""
+"""`weight(name)` is a matrix of the checkpoint in the dtype it is kept in, `weight(name, torch.float32)` in fp32."""
 
 
 def rope_table(config: DeepseekConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,10 @@ class MultiTokenPrediction:
         index = config.num_hidden_layers
         prefix = f"model.layers.{index}."
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.enorm, self.hnorm = weight(f"{prefix}enorm.weight", torch.float32), weight(f"{prefix}hnorm.weight", torch.float32)
+        self.enorm, self.hnorm = (
+            weight(f"{prefix}enorm.weight", torch.float32),
+            weight(f"{prefix}hnorm.weight", torch.float32),
+        )
         self.eh_proj = weight(f"{prefix}eh_proj.weight")
         self.layer = Layer(config, ops, weight, index)
         self.head_norm = weight(f"{prefix}shared_head.norm.weight", torch.float32)

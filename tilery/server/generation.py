@@ -160,5 +160,8 @@ class Generation:
         if tokens > 1:
             metrics.tpot.observe((now - choice.first_time) / (tokens - 1))
         siblings = self._by_request[request_id]
-        if delta.needs_abort and all(sibling.processor.finished for sibling in siblings):
-            self._stream.drop(request_id)  # the engine does not know of the stop string that ended it
+        if delta.needs_abort:  # the engine does not know of the stop string that ended it
+            if all(sibling.processor.finished for sibling in siblings):
+                self._stream.drop(request_id)
+            else:
+                self.service.client.abort_choice(request_id, choice.index - siblings[0].index)

@@ -38,31 +38,34 @@ def native(of: str) -> Any:
     return implementation(of, "native", "cpu", rank=10, unavailable=_unavailable)
 
 
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+TYPES = {"P": POINTER, "L": LONG, "I": INT, "F": FLOAT}
+SIGNATURES = {
+    "set_threads": "I",
+    "linear": "PLPIPLLL",
+    "heads_linear": "PLLPIPLLLL",
+    "rms_norm": "PLPPLLF",
+    "layer_norm": "PLPPPLLF",
+    "swiglu": "PPLL",
+    "rope": "PLLPPPLLLI",
+    "write_mla": "PLIPPLPLLLL",
+    "write_index": "PIPPLLL",
+    "read_mla": "PLIPPLLL",
+    "read_index": "PIPPLL",
+    "mla_decode": "PPLIPPLLLLLF",
+    "select_decode": "PPPIPPLLLLL",
+    "route": "PPPPLLLLLIF",
+    "experts": "PPPPPIPLLLLL",
+}
+"""Arguments of the C functions, a letter each."""
+
+
 class _Library:
     """The C functions with their argument types set, looked up at first use."""
 
-    _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-    _SIGNATURES = {
-        "set_threads": "I",
-        "linear": "PLPIPLLL",
-        "heads_linear": "PLLPIPLLLL",
-        "rms_norm": "PLPPLLF",
-        "layer_norm": "PLPPPLLF",
-        "swiglu": "PPLL",
-        "rope": "PLLPPPLLLI",
-        "write_mla": "PLIPPLPLLLL",
-        "write_index": "PIPPLLL",
-        "read_mla": "PLIPPLLL",
-        "read_index": "PIPPLL",
-        "mla_decode": "PPLIPPLLLLLF",
-        "select_decode": "PPPIPPLLLLL",
-        "route": "PPPPLLLLLIF",
-        "experts": "PPPPPIPLLLLL",
-    }
-
     def __getattr__(self, name: str) -> Any:
         function = getattr(build.load(), f"tilery_{name}")
-        function.argtypes = [getattr(self, f"_{kind}") for kind in self._SIGNATURES[name]]
+        function.argtypes = [TYPES[letter] for letter in SIGNATURES[name]]
         function.restype = None
         setattr(self, name, function)
         return function
@@ -108,7 +111,8 @@ def heads_linear(x_TNI: Tensor, weight_NIO: Tensor) -> Tensor:
     bf16 = weight_NIO.dtype is torch.bfloat16
     strides = x_TNI.stride()
     C.heads_linear(
-        x_TNI.data_ptr(), strides[0], strides[1], weight_NIO.data_ptr(), bf16, y.data_ptr(), tokens, heads, inputs, outputs
+        x_TNI.data_ptr(), strides[0], strides[1], weight_NIO.data_ptr(), bf16, y.data_ptr(),
+        tokens, heads, inputs, outputs,
     )  # fmt: skip
     return y
 

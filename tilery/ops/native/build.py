@@ -51,7 +51,9 @@ def load() -> ctypes.CDLL:
         raise BuildError(f"built on Linux only, this is {sys.platform}")
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
-        raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)}); install one for a several times faster decode")
+        raise BuildError(
+            f"no C++ compiler found ({', '.join(COMPILERS)}); install one for a several times faster decode"
+        )
     key = hashlib.sha256()
     for part in (SOURCE.read_bytes(), repr((compiler, FLAGS, _processor())).encode()):
         key.update(part)
