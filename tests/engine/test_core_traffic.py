@@ -116,7 +116,7 @@ def test_siblings_share_the_prompt(core):
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 100])
-@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("cache_dtype", ["model", "fp8"])
 def test_other_block_sizes(core, block_size, cache_dtype):
     """Pages of the packed rows have 64 tokens whatever the block size, and any number of blocks fits them."""
     expected = answer(core(cache_dtype=cache_dtype), request("a", prompt(130), SAMPLED)).tokens

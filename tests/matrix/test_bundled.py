@@ -22,7 +22,7 @@ def requests(name, prompts, n=1):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("cache_dtype", ["model", "fp8"])
 def test_everything_at_once(bundled_model, dtype, cache_dtype):
     settings = {"dtype": dtype, "cache_dtype": cache_dtype}
     plain = engine(bundled_model, **settings)

@@ -55,6 +55,7 @@ def dense_checkpoints(tmp_path_factory):
 
 def engine(folder, **settings):
     base = {"dtype": "float32", "cache_tokens": 4096, "progress": False, "enable_prefix_cache": False, "threads": 1}
+    base["cache_dtype"] = "model"
     return EngineCore(msgspec.convert({"model": str(folder), **base, **settings}, EngineConfig))
 
 
@@ -139,7 +140,7 @@ def expected(checkpoints):
     return get
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("cache_dtype", ["model", "fp8"])
 @pytest.mark.parametrize("features", PAIRS, ids="+".join)
 def test_pair_in_fp32(checkpoints, expected, features, cache_dtype):
     got, core = combined(checkpoints, features, MIXED, cache_dtype=cache_dtype)
@@ -166,7 +167,7 @@ def test_pair_in_bf16(dense_checkpoints, expected, features):
     really_on(features, core.stats())
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("cache_dtype", ["model", "fp8"])
 def test_everything_at_once(checkpoints, expected, cache_dtype):
     got, core = combined(checkpoints, FEATURES, MIXED, cache_dtype=cache_dtype)
     for choices, (tokens, _) in zip(got, expected(MIXED, cache_dtype=cache_dtype)):

@@ -29,7 +29,7 @@ Serve sparse mixture-of-experts models on any machine, from the kernel to the HT
 [bold]Then[/bold]
 
 \b
-  tilery serve ./DeepSeek-V3.2 --cache-dtype fp8 --speculative-tokens 1
+  tilery serve ./DeepSeek-V3.2 --speculative-tokens 1
   tilery bench serve --num-prompts 200 --request-rate 4
   tilery kernels list
 

@@ -116,7 +116,7 @@ def serve(
     \b
       tilery serve
       tilery serve ./DeepSeek-V3.2 --host 0.0.0.0 --api-key secret
-      tilery serve ./DeepSeek-V3.2 --cache-dtype fp8 --speculative-tokens 1
+      tilery serve ./DeepSeek-V3.2 --speculative-tokens 1
 
     Then: curl http://127.0.0.1:8000/v1/models, or tilery chat.
     """

@@ -17,7 +17,8 @@ class DType(StrEnum):
 
 
 class CacheDType(StrEnum):
-    AUTO = "auto"  # the model's dtype
+    AUTO = "auto"  # fp8 for an FP8 checkpoint of a sparse model in bfloat16, as it was made to run; else the model's dtype
+    MODEL = "model"  # the model's dtype
     FP8 = "fp8"  # the field's packed rows: 656 bytes of MLA latent, 132 bytes of indexer key
 
 

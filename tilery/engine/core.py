@@ -125,7 +125,7 @@ class EngineCore:
             max_model_len=self.max_model_len,
             block_size=config.block_size,
             num_blocks=self.runner.num_blocks,
-            cache_dtype=config.cache_dtype.value,
+            cache_dtype=self.runner.cache_kind.value,
             eos_token_ids=self.eos_token_ids,
             speculative_tokens=config.speculative_tokens,
             version=tilery.__version__,

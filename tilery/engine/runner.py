@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilery.engine.config import CacheDType, EngineConfig
+from tilery.engine.config import CacheDType, DType, EngineConfig
 from tilery.engine.scheduler import ScheduledItem
 from tilery.models import cache as model_cache
 from tilery.models.loader import load_model, resolve_model
@@ -72,11 +72,20 @@ class Runner:
             progress=config.progress,
         )
         self.model_config = self.model.config
-        self.cache_dtype = torch.uint8 if config.cache_dtype is CacheDType.FP8 else dtype
+        self.cache_kind = self._cache_kind(config)
+        self.cache_dtype = torch.uint8 if self.cache_kind is CacheDType.FP8 else dtype
         self.block_size = config.block_size
         self.num_blocks = self._plan_blocks(config.cache_tokens)
         slots = -(-self.num_blocks * self.block_size // PAGE) * PAGE  # whole pages, whatever the block size
         self.caches = model_cache.allocate(self.model_config, slots, self.cache_dtype, self.model.cache_layers)
+
+    def _cache_kind(self, config: EngineConfig) -> CacheDType:
+        """What `CacheDType.AUTO` stands for with this model; the others stand for themselves."""
+        if config.cache_dtype is not CacheDType.AUTO:
+            return config.cache_dtype
+        model = self.model_config
+        packs = model.sparse and model.kv_lora_rank % 128 == 0 and model.index_head_dim == 128
+        return CacheDType.FP8 if config.dtype is DType.BFLOAT16 and model.fp8 and packs else CacheDType.MODEL
 
     def _plan_blocks(self, cache_tokens: int | None) -> int:
         per_token = model_cache.bytes_per_token(self.model_config, self.cache_dtype, self.model.cache_layers)

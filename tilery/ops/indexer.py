@@ -14,7 +14,7 @@ from tilery.ops.cache import read_index, read_index_cpu
 from tilery.ops.registry import implementation, operator
 from tilery.ops.topk import top_k_positions, top_k_positions_cpu
 
-WORKSPACE_BYTES = 64 << 20
+WORKSPACE_BYTES = 16 << 20
 """Scores of one slice of queries, all heads, in fp32, stay below this."""
 
 
