@@ -2,7 +2,7 @@
 
     python benchmarks/perplexity.py TEXT [--windows 24 --length 1024] [--out FILE]
 
-Windows start with BOS and are spread evenly over the text. The engine computes prompt log-probabilities in chunks, so every
+Windows start with BOS and are spread evenly over the text. Prompt log-probabilities are computed in chunks, so every
 key is read back from the cache: this is what serving with that cache format costs in quality.
 """
 

@@ -64,6 +64,10 @@ print(sorted(heavy & set(sys.modules)), file=sys.stderr)
         (["serve", "--max-running", "4000"], "--max-batch-tokens (2048)"),
         (["serve", "--cache-tokens", "0"], "--cache-tokens must be at least 1"),
         (["serve", "--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja: no such file."),
+        (
+            ["serve", "--operator", "linear"],
+            "--operator linear: expected NAME=IMPLEMENTATION, as in mla_decode=reference.",
+        ),
         (["serve", "no-such-model"], "no model folder 'no-such-model'"),
         (["serve", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["generate", "--model", "./absent", "x"], "no model folder './absent'"),
@@ -131,6 +135,7 @@ def test_serve_hands_over_every_setting(tilery, served) -> None:
         *("--max-waiting", "9", "--no-prefix-cache", "--cache-salt", "s", "--speculative-tokens", "1"),
         *("--speculative-always", "--threads", "1", "--seed", "7", "--aging-seconds", "2", "--api-key", "a"),
         *("--api-key", "b", "--admin-key", "c", "--served-model-name", "n", "--cors-origin", "*"),
+        *("--operator", "mla_decode=reference", "--operator", "linear=native"),
     )
     assert ran.code == 0, ran.err
     config, server = served[0]
@@ -149,6 +154,7 @@ def test_serve_hands_over_every_setting(tilery, served) -> None:
         speculative_tokens=1,
         speculative_auto_off=False,
         threads=1,
+        operators={"mla_decode": "reference", "linear": "native"},
         seed=7,
         aging_seconds=2.0,
     )

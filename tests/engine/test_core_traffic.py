@@ -259,6 +259,15 @@ def test_settings_that_make_no_sense(settings, text):
     assert str(caught.value) == text
 
 
+def test_operators_can_be_chosen(folder, core):
+    engine = make_core(folder, operators={"*": "reference"})
+    assert set(engine.runner.ops.chosen.values()) == {"reference"}
+    wanted = request("a", prompt(60), SAMPLED)
+    assert answer(engine, wanted).tokens == answer(core(), wanted).tokens
+    with pytest.raises(ValueError, match="operator 'mla_decode' has no implementation 'magic'"):
+        make_core(folder, operators={"mla_decode": "magic"})
+
+
 def test_limits_that_do_not_fit_the_model(folder):
     with pytest.raises(
         ValueError, match=r"^max_model_len \(2000\) is more than the model was made for \(max_pos.* is 1024\)"

@@ -29,8 +29,8 @@ ThreadsOption = Annotated[
 CacheDTypeOption = Annotated[
     CacheDType,
     typer.Option(
-        help="model: like --dtype. fp8: packed rows (656-byte latent, 132-byte indexer key). auto: fp8 for a sparse FP8 "
-        "checkpoint in bfloat16, else model.",
+        help="model: like --dtype. fp8: packed rows (656-byte latent, 132-byte indexer key). auto: fp8 for a sparse "
+        "FP8 checkpoint in bfloat16, else model.",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -99,6 +99,15 @@ def serve(
             rich_help_panel=options.MEMORY,
         ),
     ] = "",
+    operator: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=IMPLEMENTATION",
+            help="Override the choice for an operator (tilery kernels list names them); repeatable, *=reference for all.",
+            show_default="the fastest valid ones",
+            rich_help_panel=options.ENGINE,
+        ),
+    ] = None,
     speculative_tokens: options.SpeculativeTokensOption = 0,
     speculative_auto_off: Annotated[
         bool,
@@ -121,6 +130,7 @@ def serve(
     Then: curl http://127.0.0.1:8000/v1/models, or tilery chat.
     """
     options.check_model(model)
+    operators = parse_operators(operator or [])
     with options.as_flags(EngineConfig):
         config = EngineConfig(
             model=model,
@@ -138,6 +148,7 @@ def serve(
             cache_salt=cache_salt,
             aging_seconds=aging_seconds,
             threads=threads,
+            operators=operators,
             seed=seed,
         )
     if chat_template is not None and not chat_template.is_file():
@@ -158,6 +169,15 @@ def serve(
             drain_seconds=drain_seconds,
         )
     run(config, server)
+
+
+def parse_operators(choices: list[str]) -> dict[str, str]:
+    """NAME=IMPLEMENTATION pairs as a mapping; the engine checks that they exist."""
+    for choice in choices:
+        name, equals, implementation = choice.partition("=")
+        if not (name and equals and implementation):
+            raise CliError(f"--operator {choice}: expected NAME=IMPLEMENTATION, as in mla_decode=reference.")
+    return dict(choice.split("=", 1) for choice in choices)
 
 
 def check_port(host: str, port: int) -> None:

@@ -17,7 +17,9 @@ class DType(StrEnum):
 
 
 class CacheDType(StrEnum):
-    AUTO = "auto"  # fp8 for an FP8 checkpoint of a sparse model in bfloat16, as it was made to run; else the model's dtype
+    AUTO = (
+        "auto"  # fp8 for an FP8 checkpoint of a sparse model in bfloat16, as it was made to run; else the model's dtype
+    )
     MODEL = "model"  # the model's dtype
     FP8 = "fp8"  # the field's packed rows: 656 bytes of MLA latent, 132 bytes of indexer key
 
@@ -51,6 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A waiting request gains one priority level per this many seconds."""
     threads: int | None = None
     """CPU threads for tensor work; None: the cores this process may run on."""
+    operators: dict[str, str] = {}
+    """Operator -> implementation to use in place of the registry's choice; "*" for all that have it."""
     seed: int = 0
     """Makes unseeded requests repeatable across engine runs when not 0."""
     progress: bool = True

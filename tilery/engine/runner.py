@@ -59,8 +59,9 @@ class Runner:
 
     def __init__(self, config: EngineConfig) -> None:
         dtype = TORCH_DTYPES[config.dtype.value]
-        self.ops = registry.select()
-        self.ops.set_threads(config.threads or len(os.sched_getaffinity(0)))
+        self.ops = registry.select(overrides=config.operators)
+        self.threads = config.threads or len(os.sched_getaffinity(0))
+        self.ops.set_threads(self.threads)
         self.folder = resolve_model(config.model)
         self.speculates = config.speculative_tokens > 0
         self.model = load_model(
@@ -105,6 +106,7 @@ class Runner:
         chunks = [
             Chunk(i.request.token_ids(i.start, i.start + i.length), i.start, i.request.block_table) for i in items
         ]
+        self.ops.set_threads(self.threads, sum(len(chunk.token_ids) for chunk in chunks))
         order = order_chunks(chunks)
         hidden = self.model.forward(build_step([chunks[i] for i in order], self.block_size), self.caches)
         parts = hidden.split([len(chunks[i].token_ids) for i in order])
