@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the rival")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -99,7 +100,7 @@ def main() -> None:
                 "tilery_seconds": ours,
                 "transformers": {},
             }
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in (getattr(torch, name) for name in args.dtypes):
                 for attention in ("sdpa", "eager"):
                     repeats = 1 if case == "batch" and args.repeats < 3 else args.repeats
                     theirs = time_transformers(folder, ids, args.output, repeats, dtype, attention)
@@ -112,15 +113,13 @@ def main() -> None:
                         f"{case:7s} transformers {key:15s} {total / statistics.median(theirs):8.1f} tok/s", flush=True
                     )
             best = max(v["tokens_per_second"] for v in row["transformers"].values())
-            bf16 = max(v["tokens_per_second"] for k, v in row["transformers"].items() if k.startswith("bf"))
             row["ratio_to_fastest"] = row["tilery_tokens_per_second"] / best
-            row["ratio_to_fastest_bf16"] = row["tilery_tokens_per_second"] / bf16
+            for name in args.dtypes:
+                rates = [v["tokens_per_second"] for k, v in row["transformers"].items() if k.startswith(name)]
+                row[f"ratio_to_fastest_{name}"] = row["tilery_tokens_per_second"] / max(rates)
             result["cases"][case] = row
-            print(
-                f"{case:7s} tilery {row['tilery_tokens_per_second']:8.1f} tok/s: "
-                f"{row['ratio_to_fastest']:.2f}x its fastest, {row['ratio_to_fastest_bf16']:.2f}x its fastest in bf16",
-                flush=True,
-            )
+            ratios = ", ".join(f"{row[f'ratio_to_fastest_{name}']:.2f}x its fastest in {name}" for name in args.dtypes)
+            print(f"{case:7s} tilery {row['tilery_tokens_per_second']:8.1f} tok/s: {ratios}", flush=True)
     write_result("vs_transformers", result | {"environment": environment()}, args.out)
 
 

@@ -103,7 +103,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=IMPLEMENTATION",
-            help="Override the choice for an operator (tilery kernels list names them); repeatable, *=reference for all.",
+            help="Override the choice for an operator (see tilery kernels list); repeatable, *=reference for all.",
             show_default="the fastest valid ones",
             rich_help_panel=options.ENGINE,
         ),
