@@ -106,7 +106,8 @@ class Runner:
         chunks = [
             Chunk(i.request.token_ids(i.start, i.start + i.length), i.start, i.request.block_table) for i in items
         ]
-        self.ops.set_threads(self.threads, sum(len(chunk.token_ids) for chunk in chunks))
+        decoding = sum(len(chunk.token_ids) for chunk in chunks) if all(chunk.decodes for chunk in chunks) else None
+        self.ops.set_threads(self.threads, decoding)
         order = order_chunks(chunks)
         hidden = self.model.forward(build_step([chunks[i] for i in order], self.block_size), self.caches)
         parts = hidden.split([len(chunks[i].token_ids) for i in order])
