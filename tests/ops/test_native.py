@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tilery.ops import registry
+from tilery.ops import native, registry
 from tilery.ops.native import build
 
 NATIVE = registry.select().chosen["linear"] == "native"
@@ -88,7 +88,7 @@ def test_a_token_does_not_feel_its_batch(dtype):
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
-            ops.set_threads(threads)
+            native.set_threads(ops, threads)
             whole = (
                 ops.linear(x, weight),
                 ops.experts_swiglu(x, weights, ids, gate_up, down),
@@ -103,7 +103,7 @@ def test_a_token_does_not_feel_its_batch(dtype):
                 )
                 assert all(torch.equal(a, b[row]) for a, b in zip(alone, whole))
     finally:
-        ops.set_threads(before)
+        native.set_threads(ops, before)
 
 
 def test_the_model_runs_without_native_kernels():

@@ -20,7 +20,7 @@ from tilery.engine.scheduler import ScheduledItem
 from tilery.models import cache as model_cache
 from tilery.models.loader import load_model, resolve_model
 from tilery.models.step import Chunk, build_step, order_chunks
-from tilery.ops import registry
+from tilery.ops import native, registry
 from tilery.ops.cache import PAGE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,7 +61,7 @@ class Runner:
         dtype = TORCH_DTYPES[config.dtype.value]
         self.ops = registry.select(overrides=config.operators)
         self.threads = config.threads or len(os.sched_getaffinity(0))
-        self.ops.set_threads(self.threads)
+        native.set_threads(self.ops, self.threads)
         self.folder = resolve_model(config.model)
         self.speculates = config.speculative_tokens > 0
         self.model = load_model(
@@ -107,7 +107,7 @@ class Runner:
             Chunk(i.request.token_ids(i.start, i.start + i.length), i.start, i.request.block_table) for i in items
         ]
         decoding = sum(len(chunk.token_ids) for chunk in chunks) if all(chunk.decodes for chunk in chunks) else None
-        self.ops.set_threads(self.threads, decoding)
+        native.set_threads(self.ops, self.threads, decoding)
         order = order_chunks(chunks)
         hidden = self.model.forward(build_step([chunks[i] for i in order], self.block_size), self.caches)
         parts = hidden.split([len(chunks[i].token_ids) for i in order])

@@ -101,21 +101,6 @@ class Operators(SimpleNamespace):
         """Whether products take bf16 weights with fp32 activations, so that a bf16 model need not be widened."""
         return self.chosen["linear"] == self.chosen["experts_swiglu"] == self.chosen["heads_linear"] == "native"
 
-    def set_threads(self, count: int, decoding: int | None = None) -> None:
-        """CPU threads for tensor work in this process, from now on; with `decoding`, for a step that
-        does nothing but decode so many tokens.
-
-        torch's OpenMP workers go on spinning for a while after each parallel loop, on cores that the helpers of the C++
-        kernels need: in a step that is small enough for those kernels torch gets one thread.
-        """
-        if not self.narrow_weights:
-            torch.set_num_threads(count)
-            return
-        from tilery.ops import native
-
-        torch.set_num_threads(1 if decoding is not None and decoding <= native.SMALL else count)
-        native.set_threads(count)
-
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no operator named {name!r}; there are: {', '.join(sorted(_OPERATORS))}")
 

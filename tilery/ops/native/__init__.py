@@ -16,7 +16,7 @@ from torch import Tensor
 from tilery.ops import attention, cache, elementwise, indexer, moe
 from tilery.ops import linear as linears
 from tilery.ops.native import build
-from tilery.ops.registry import Platform, implementation
+from tilery.ops.registry import Operators, Platform, implementation
 
 SMALL = 32
 """Tokens up to which reading the weights dominates; above, torch's matrix product wins."""
@@ -74,9 +74,17 @@ class _Library:
 C = _Library()
 
 
-def set_threads(count: int) -> None:
-    """Threads that share a kernel's work, the caller included; 1 until this is called."""
-    C.set_threads(count)
+def set_threads(ops: Operators, count: int, decoding: int | None = None) -> None:
+    """CPU threads for tensor work in this process, from now on; with `decoding`, for a step that does nothing but
+    decode so many tokens.
+
+    torch's OpenMP workers go on spinning for a while after each parallel loop, on cores that the helpers of these
+    kernels need: in a step that is small enough for these kernels torch gets one thread.
+    """
+    small = ops.narrow_weights and decoding is not None and decoding <= SMALL
+    torch.set_num_threads(1 if small else count)
+    if ops.narrow_weights:
+        C.set_threads(count)
 
 
 def _weight(w: Tensor) -> Tensor:
