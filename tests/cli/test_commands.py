@@ -128,6 +128,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerCo
     return seen
 
 
+def test_a_server_that_cannot_start_says_why_in_one_line(tilery, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilery.server import StartError
+
+    def refuse(*_: object) -> None:
+        raise StartError("The engine could not start: no such operator.")
+
+    monkeypatch.setattr("tilery.server.run", refuse)
+    ran = tilery("serve", "--port", "0")
+    assert (ran.code, ran.err.strip()) == (2, "tilery: The engine could not start: no such operator.")
+
+
 def test_serve_hands_over_every_setting(tilery, served) -> None:
     ran = tilery(
         *("serve", "--port", "0", "--dtype", "float32", "--cache-dtype", "fp8", "--max-model-len", "100"),

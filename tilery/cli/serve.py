@@ -155,7 +155,7 @@ def serve(
         raise CliError(f"--chat-template {chat_template}: no such file.")
     check_port(host, port)
 
-    from tilery.server import ServerConfig, run
+    from tilery.server import ServerConfig, StartError, run
 
     with options.as_flags(ServerConfig):
         server = ServerConfig(
@@ -168,7 +168,10 @@ def serve(
             cors_origins=tuple(cors_origin or ()),
             drain_seconds=drain_seconds,
         )
-    run(config, server)
+    try:
+        run(config, server)
+    except StartError as error:
+        raise CliError(str(error)) from None
 
 
 def parse_operators(choices: list[str]) -> dict[str, str]:
