@@ -15,7 +15,7 @@ import pytest
 
 import tilery as package
 from tilery.cli import generate, serve
-from tilery.engine.config import CacheDType, DType, EngineConfig
+from tilery.engine.config import CacheDType, Device, DType, EngineConfig
 from tilery.engine.messages import SamplingParams
 from tilery.server import ServerConfig
 
@@ -59,6 +59,7 @@ print(sorted(heavy & set(sys.modules)), file=sys.stderr)
         (["sing"], "sing"),
         (["serve", "--port", "99999"], "--port"),
         (["serve", "--dtype", "int3"], "float32"),
+        (["serve", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["serve", "--bogus"], "--bogus"),
         (["serve", "--max-running", "0"], "--max-running must be at least 1, got 0."),
         (["serve", "--max-running", "4000"], "--max-batch-tokens (2048)"),
@@ -141,7 +142,19 @@ def test_a_server_that_cannot_start_says_why_in_one_line(tilery, monkeypatch: py
 
 def test_serve_hands_over_every_setting(tilery, served) -> None:
     ran = tilery(
-        *("serve", "--port", "0", "--dtype", "float32", "--cache-dtype", "fp8", "--max-model-len", "100"),
+        *(
+            "serve",
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--cache-dtype",
+            "fp8",
+            "--max-model-len",
+            "100",
+        ),
         *("--cache-tokens", "640", "--block-size", "32", "--max-batch-tokens", "50", "--max-running", "4"),
         *("--max-waiting", "9", "--no-prefix-cache", "--cache-salt", "s", "--speculative-tokens", "1"),
         *("--speculative-always", "--threads", "1", "--seed", "7", "--aging-seconds", "2", "--api-key", "a"),
@@ -152,6 +165,7 @@ def test_serve_hands_over_every_setting(tilery, served) -> None:
     config, server = served[0]
     assert config == EngineConfig(
         model="tilery-books-26m",
+        device=Device.CPU,
         dtype=DType.FLOAT32,
         cache_dtype=CacheDType.FP8,
         max_model_len=100,
@@ -207,6 +221,16 @@ def test_generate_prints_the_bare_text_of_one_prompt(tilery, stand_in) -> None:
     assert (model, texts, settings["threads"]) == ("tilery-books-26m", ["ab"], 1)
     assert (params.seed, params.max_tokens, params.temperature) == (3, 4, 0.0)
     EngineConfig(model=model, **settings)
+
+
+@pytest.mark.parametrize("arguments", [["generate", "ab"], ["kernels", "list"]])
+def test_a_gpu_asked_for_in_vain_is_one_line(tilery, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    ran = tilery(*arguments, "--device", "cuda")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith("tilery: --device cuda: this torch (")
+    assert ran.err.endswith(") is built without CUDA; install a build with it, or take device cpu.\n")
 
 
 def test_generate_several(tilery, stand_in) -> None:

@@ -258,7 +258,7 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> 
     assert together == [sample(logits[i : i + 1], rows[i : i + 1]).token_ids[0] for i in range(60)]
     order = rng.permutation(60).tolist()
     assert [together[i] for i in order] == sample(logits[order], [rows[i] for i in order]).token_ids
-    monkeypatch.setattr(sampler, "CHUNK_ELEMENTS", 7 * vocab)
+    monkeypatch.setitem(sampler.CHUNK_ELEMENTS, "cpu", 7 * vocab)
     assert sample(logits, rows).token_ids == together
 
 
@@ -414,7 +414,7 @@ def test_prompt_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = list(range(3, 12))
     expected = logits.double().log_softmax(-1)
     records = prompt_logprobs(logits, tokens, 5)
-    monkeypatch.setattr(sampler, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setitem(sampler.CHUNK_ELEMENTS, "cpu", 100)
     assert prompt_logprobs(logits, tokens, 5) == records
     for line, token, record in zip(expected, tokens, records):
         assert record.token_id == token

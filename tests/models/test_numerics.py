@@ -9,7 +9,7 @@ import torch
 from tilery.models import cache as model_cache
 from tilery.models.loader import load_model
 from tilery.models.step import Chunk, build_step, order_chunks
-from tilery.ops import registry
+from tilery.ops import mla, registry
 
 BLOCK = 64
 TOLERANCE = 1e-4
@@ -148,12 +148,12 @@ def test_other_shapes(tmp_path, sparse, seed):
     close(Feeder(tmp_path).pieces(tokens, cuts), oracle(theirs, tokens))
 
 
-def test_interleaved_indexer_rope_is_caught(tmp_path):
+def test_interleaved_indexer_rope_is_caught(tmp_path, monkeypatch):
     """The field's most repeated bug: with MLA's rotation in the indexer the wrong positions are selected."""
     theirs = make_checkpoint(tmp_path, True, seed=1)
     tokens = random.Random(5).choices(range(320), k=160)
-    wrong = registry.select()
-    wrong.rope_half_split = wrong.rope_interleaved
+    wrong = registry.select(overrides={"*": "reference"})
+    monkeypatch.setattr(mla, "rope_half_split", mla.rope_interleaved)
     logits = Feeder(tmp_path, wrong).pieces(tokens, [])
     expected = oracle(theirs, tokens)
     agree = (logits.argmax(1) == expected.argmax(1)).float().mean().item()

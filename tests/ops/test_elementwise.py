@@ -92,7 +92,16 @@ def test_linear_and_heads_linear(seed, tokens, inputs, outputs, heads, dtype):
     x, weight = normal(tokens, inputs, dtype=dtype), normal(outputs, inputs, dtype=dtype)
     for function in implementations("linear"):
         close(function(x, weight), (x.double() @ weight.double().T).to(dtype), dtype)
-    x, weight = normal(tokens, heads, inputs, dtype=dtype), normal(heads, inputs, outputs, dtype=dtype)
-    expected = torch.stack([x[:, n].double() @ weight[n].double() for n in range(heads)], 1).to(dtype)
+    x, weight = normal(tokens, heads, inputs, dtype=dtype), normal(heads, outputs + 2, inputs, dtype=dtype)
+    weight = weight[:, 1:-1]  # rows of a wider matrix
+    expected = torch.stack([x[:, n].double() @ weight[n].double().T for n in range(heads)], 1).to(dtype)
     for function in implementations("heads_linear"):
         close(function(x, weight), expected, dtype)
+    x = normal(tokens, heads, outputs, dtype=dtype)
+    expected = torch.stack([x[:, n].double() @ weight[n].double() for n in range(heads)], 1).to(dtype)
+    for function in implementations("heads_absorb"):
+        wider = torch.full((tokens, heads, inputs + 3), 7.0, dtype=dtype)
+        function(x, weight, wider[:, :, 1 : inputs + 1])
+        close(wider[:, :, 1 : inputs + 1], expected, dtype)
+        assert (wider[:, :, 0] == 7).all()
+        assert (wider[:, :, inputs + 1 :] == 7).all()

@@ -31,7 +31,7 @@ def test_route_grouped(seed, tokens, groups, size, normalize, data):
     logits, bias = normal(tokens, groups * size) * 2, normal(groups * size) * 0.3
     for function in implementations("route_grouped"):
         weights, experts = function(logits, bias, k, groups, kept, normalize, 2.5)
-        assert (weights.dtype, experts.dtype) == (torch.float32, torch.int64)
+        assert (weights.dtype, experts.dtype) == (torch.float32, torch.int32)
         for t in range(tokens):
             expected, values = slow_route(logits[t].numpy(), bias.numpy(), k, groups, kept, normalize, 2.5)
             assert experts[t].tolist() == expected
@@ -52,14 +52,18 @@ def test_a_good_expert_of_a_dropped_group_does_not_win():
         assert function(logits, torch.zeros(4), 2, 2, 1, True, 1.0)[1].tolist() == [[2, 3]]
 
 
-def slow_experts(x, weights, experts, gate_up, down):
-    width = gate_up.shape[1] // 2
+def slow_experts(x, weights, experts, gate_up, down, shared):
+    def one(row, gate_up, down):
+        both = gate_up.double() @ row.double()
+        gate, up = both.chunk(2)
+        return down.double() @ (gate * torch.sigmoid(gate) * up)
+
     out = torch.zeros(x.shape, dtype=torch.float64)
     for t in range(x.shape[0]):
         for weight, e in zip(weights[t].tolist(), experts[t].tolist()):
-            both = gate_up[e].double() @ x[t].double()
-            hidden = both[:width] * torch.sigmoid(both[:width]) * both[width:]
-            out[t] += weight * (down[:, e * width : e * width + width].double() @ hidden)
+            out[t] += weight * one(x[t], gate_up[e], down[e])
+        if shared is not None:
+            out[t] += one(x[t], *shared)
     return out
 
 
@@ -79,14 +83,16 @@ def check_experts(seed, tokens, experts, k, width, dtype, hidden=12):
     normal = draw(seed)
     x = normal(tokens, hidden, dtype=dtype)
     gate_up = (normal(experts, 2 * width, hidden) * 0.3).to(dtype)
-    down = (normal(hidden, experts * width) * 0.3).to(dtype)
-    chosen = normal(tokens, experts).topk(k, dim=1).indices
+    down = (normal(experts, hidden, width) * 0.3).to(dtype)
+    both = ((normal(2 * width + 2, hidden) * 0.3).to(dtype), (normal(hidden, width + 1) * 0.3).to(dtype))
+    chosen = normal(tokens, experts).topk(k, dim=1).indices.int()
     weights = normal(tokens, k).abs()
-    expected = slow_experts(x, weights, chosen, gate_up, down)
-    for function in implementations("experts_swiglu"):
-        before = x.clone()
-        got = function(x, weights, chosen, gate_up, down)
-        assert got.dtype == dtype
-        error = (got.double() - expected).abs().max().item()
-        assert error < (1e-4 if dtype == torch.float32 else 0.04) * max(1.0, expected.abs().max().item())
-        assert torch.equal(x, before)
+    for shared in (None, both):
+        expected = slow_experts(x, weights, chosen, gate_up, down, shared)
+        for function in implementations("experts_swiglu"):
+            before = x.clone()
+            got = function(x, weights, chosen, gate_up, down, shared)
+            assert got.dtype == dtype
+            error = (got.double() - expected).abs().max().item()
+            assert error < (1e-4 if dtype == torch.float32 else 0.04) * max(1.0, expected.abs().max().item())
+            assert torch.equal(x, before)

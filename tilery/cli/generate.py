@@ -10,7 +10,7 @@ import typer
 
 from tilery.cli import options
 from tilery.cli.errors import CliError
-from tilery.engine.config import CacheDType, DType, EngineConfig
+from tilery.engine.config import CacheDType, Device, DType, EngineConfig
 from tilery.engine.messages import SamplingParams
 from tilery.models.config import DEFAULT_MODEL
 
@@ -47,6 +47,7 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.", rich_help_panel=SAMPLING)
     ] = False,
+    device: options.DeviceOption = Device.AUTO,
     dtype: options.DTypeOption = DType.BFLOAT16,
     threads: options.ThreadsOption = None,
     cache_dtype: options.CacheDTypeOption = CacheDType.AUTO,
@@ -77,6 +78,7 @@ def generate(
             ignore_eos=ignore_eos,
         )
     settings: dict[str, Any] = {
+        "device": device,
         "dtype": dtype,
         "threads": threads,
         "cache_dtype": cache_dtype,

@@ -45,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 bench = typer.Typer(help="Measure a running server.", no_args_is_help=False)
-kernel_commands = typer.Typer(help="Look at the operators and the implementations chosen for this machine.")
+kernel_commands = typer.Typer(help="Look at the operators, the implementations chosen for this machine, and kernels.")
 
 RUN = "Run a model"
 MEASURE = "Measure and inspect"
@@ -56,6 +56,8 @@ app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 app.add_typer(kernel_commands, name="kernels", rich_help_panel=MEASURE)
 bench.command("serve")(bench_serve.bench_serve)
 kernel_commands.command("list")(kernels.list_kernels)
+kernel_commands.command("show")(kernels.show_kernel)
+kernel_commands.command("verify")(kernels.verify_kernels)
 
 
 def _print_version(wanted: bool) -> None:

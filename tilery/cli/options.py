@@ -12,13 +12,17 @@ import msgspec
 import typer
 
 from tilery.cli.errors import CliError
-from tilery.engine.config import CacheDType, DType, EngineConfig
+from tilery.engine.config import CacheDType, Device, DType, EngineConfig
 from tilery.models.config import ConfigError, read_config, resolve_model
 
 ENGINE = "Engine"
 MEMORY = "Memory and batching"
 SPECULATION = "Speculative decoding"
 
+DeviceOption = Annotated[
+    Device,
+    typer.Option(help="Where the model runs. auto: cuda where torch can use an NVIDIA GPU.", rich_help_panel=ENGINE),
+]
 DTypeOption = Annotated[
     DType, typer.Option(help="Arithmetic and weights. float32 is exact and slower.", rich_help_panel=ENGINE)
 ]
@@ -46,7 +50,7 @@ CacheTokensOption = Annotated[
     int | None,
     typer.Option(
         help="Tokens that the KV cache holds.",
-        show_default="65536, or less if memory is short",
+        show_default="65536; on a GPU what --max-running requests can use; less if memory is short",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -10,7 +10,7 @@ import typer
 
 from tilery.cli import options
 from tilery.cli.errors import CliError
-from tilery.engine.config import CacheDType, DType, EngineConfig
+from tilery.engine.config import CacheDType, Device, DType, EngineConfig
 from tilery.models.config import DEFAULT_MODEL
 
 SERVER = "Server"
@@ -66,6 +66,7 @@ def serve(
         float,
         typer.Option(min=0.0, help="Time that running requests get to finish after SIGTERM.", rich_help_panel=SERVER),
     ] = 30.0,
+    device: options.DeviceOption = Device.AUTO,
     dtype: options.DTypeOption = DType.BFLOAT16,
     threads: options.ThreadsOption = None,
     seed: Annotated[
@@ -134,6 +135,7 @@ def serve(
     with options.as_flags(EngineConfig):
         config = EngineConfig(
             model=model,
+            device=device,
             dtype=dtype,
             cache_dtype=cache_dtype,
             max_model_len=max_model_len,

@@ -11,6 +11,12 @@ MAX_SPECULATIVE_TOKENS = 7
 ones would be computed as a prefill, at a cost that they cannot win back."""
 
 
+class Device(StrEnum):
+    AUTO = "auto"  # cuda where torch can use an NVIDIA GPU, else cpu
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -29,12 +35,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     """A folder with config.json and safetensors, or the name of a bundled model."""
+    device: Device = Device.AUTO
+    """Where the model and its cache live and compute; of several GPUs the first that CUDA_VISIBLE_DEVICES shows."""
     dtype: DType = DType.BFLOAT16
     cache_dtype: CacheDType = CacheDType.AUTO
     max_model_len: int | None = None
     """Tokens, prompt and output together; None: what config.json says, or what the cache holds if that is less."""
     cache_tokens: int | None = None
-    """Tokens the KV cache holds, rounded up to whole blocks; None: 65,536, or less if memory is short."""
+    """Tokens the KV cache holds, rounded up to whole blocks; None: 65,536 on a CPU, what `max_running` requests of full
+    length need on a GPU, and less if memory is short."""
     block_size: int = 64
     max_batch_tokens: int = 2048
     """Token budget of one step, prefill and decode together."""

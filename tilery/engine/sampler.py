@@ -43,12 +43,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tilery.engine.messages import SamplingParams, TokenLogprobs
+from tilery.models.step import upload
 
 FAILED = -1
 """Stands where a row has no token; `SampleResult.errors` says why."""
 
-CHUNK_ELEMENTS = 1 << 17
-"""Logits worked on at a time: the scratch memory stays in the cache and bounded, whatever S * V is."""
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Logits worked on at a time, which bounds the scratch memory whatever S * V is: on a CPU it stays in the cache; on a
+GPU, where the host waits once per chunk, 129 rows of 129280 take about 1 GiB."""
 
 BLOCK = 128
 """Weights are summed in blocks, then within the block that the draw falls into; a running sum over V takes 3 times as
@@ -233,7 +235,8 @@ class SampleResult:
 
 @torch.inference_mode()
 def sample(logits_SV: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
-    """Draw one token per row. `logits_SV` is [S, V] of any float dtype, left as it is; work is done in fp32.
+    """Draw one token per row. `logits_SV` is [S, V] of any float dtype, left as it is; work is done in fp32, where the
+    logits are: from a GPU only token ids come back, and whole rows where log-probabilities are asked for.
 
     A row fails alone, with a text in `errors`: its logits hold NaN or +inf, or its mask allows no token. Where a
     grammar allows nothing but tokens that min_tokens forbids, the grammar wins. Raises `ValueError` if S != len(rows).
@@ -244,7 +247,7 @@ def sample(logits_SV: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
     tokens: list[int] = []
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     errors: dict[int, str] = {}
-    chunk = max(1, CHUNK_ELEMENTS // logits_SV.shape[1])
+    chunk = max(1, CHUNK_ELEMENTS[logits_SV.device.type] // logits_SV.shape[1])
     for start in range(0, len(rows), chunk):
         part, raw = rows[start : start + chunk], logits_SV[start : start + chunk]
         tokens += _sample_chunk(raw, part)
@@ -264,7 +267,7 @@ def prompt_logprobs(logits_TV: Tensor, token_ids: Sequence[int], n: int) -> list
     """Log-probabilities of known tokens: line t of the raw `logits_TV` predicts `token_ids[t]`; n alternatives each."""
     if logits_TV.dim() != 2 or logits_TV.shape[0] != len(token_ids):
         raise ValueError(f"logits must be [{len(token_ids)}, V], one line per token; got {list(logits_TV.shape)}.")
-    chunk = max(1, CHUNK_ELEMENTS // logits_TV.shape[1])
+    chunk = max(1, CHUNK_ELEMENTS[logits_TV.device.type] // logits_TV.shape[1])
     out: list[TokenLogprobs] = []
     with torch.inference_mode():
         for start in range(0, len(token_ids), chunk):
@@ -286,7 +289,8 @@ def _sample_chunk(raw_SV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         return _draw(x_SV, rows)
     greedy = [i for i, row in enumerate(rows) if row.state.params.greedy]
     tokens = [FAILED] * len(rows)
-    for part, chosen in ((greedy, _argmax(x_SV[greedy])), (drawn, _draw(x_SV[drawn], [rows[i] for i in drawn]))):
+    greedy_at, drawn_at = (upload(torch.tensor(part, device="cpu"), x_SV.device) for part in (greedy, drawn))
+    for part, chosen in ((greedy, _argmax(x_SV[greedy_at])), (drawn, _draw(x_SV[drawn_at], [rows[i] for i in drawn]))):
         for i, token in zip(part, chosen):
             tokens[i] = token
     return tokens
@@ -309,7 +313,7 @@ def _edit(x_SV: Tensor, rows: Sequence[SampleRow]) -> None:
                 both = allowed.copy()
                 both[blocked] = False
                 allowed = both if both.any() else allowed
-            x_SV[i].masked_fill_(torch.from_numpy(~allowed).to(x_SV.device), -torch.inf)
+            x_SV[i].masked_fill_(upload(torch.from_numpy(~allowed), x_SV.device), -torch.inf)
         elif blocked is not None:
             banned.add(i, blocked)
         seen = state.seen(row.drafts)
@@ -349,8 +353,8 @@ class _Entries:
         self._values.append(values)
 
     def tensors(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-        at = (torch.from_numpy(np.concatenate(part)).to(device) for part in (self.rows, self._ids))
-        values = [torch.from_numpy(np.concatenate(v).astype(np.float32)).to(device) for v in zip(*self._values)]
+        at = (upload(torch.from_numpy(np.concatenate(part)), device) for part in (self.rows, self._ids))
+        values = [upload(torch.from_numpy(np.concatenate(v).astype(np.float32)), device) for v in zip(*self._values)]
         return (next(at), next(at)), values
 
 
@@ -378,18 +382,15 @@ def _argmax(x_SV: Tensor) -> list[int]:
 def _draw(x_SV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     params = [row.state.params for row in rows]
     device = x_SV.device
-    temperature_S = torch.tensor([p.temperature for p in params], dtype=torch.float32)
-    u_S = torch.tensor([uniform(row.state.seed, row.step) for row in rows], dtype=torch.float64)
-    p_SV = torch.softmax(x_SV / temperature_S.to(device)[:, None], dim=-1)
+    temperature_S = torch.tensor([p.temperature for p in params], dtype=torch.float32, device="cpu")
+    u_S = torch.tensor([uniform(row.state.seed, row.step) for row in rows], dtype=torch.float64, device="cpu")
+    p_SV = torch.softmax(x_SV / upload(temperature_S, device)[:, None], dim=-1)
     # One NaN or +inf, or nothing but -inf, makes the whole line NaN.
     failed_S = p_SV[:, 0].isnan()
-    failed = failed_S.tolist()
-    if any(failed):
-        p_SV[failed_S] = 1.0
+    if device.type != "cpu" or failed_S.any():  # a GPU's host would have to wait for the answer
+        p_SV.masked_fill_(failed_S[:, None], 1.0)
     vocab = x_SV.shape[1]
-    limited = [
-        i for i, p in enumerate(params) if not failed[i] and (p.top_p < 1.0 or p.min_p > 0.0 or 0 < p.top_k < vocab)
-    ]
+    limited = [i for i, p in enumerate(params) if p.top_p < 1.0 or p.min_p > 0.0 or 0 < p.top_k < vocab]
     if limited and device.type == "cpu":
         lines = p_SV.numpy()
         for i in limited:
@@ -397,9 +398,9 @@ def _draw(x_SV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     elif limited:
         chosen = [params[i] for i in limited]
         settings = [(p.top_k if p.top_k > 0 else vocab, p.top_p, p.min_p) for p in chosen]
-        p_SV[limited] = _truncate_batch(p_SV[limited], torch.tensor(settings, dtype=torch.float64, device=device))
-    tokens = _invert(p_SV, u_S.to(device)).tolist()
-    return [FAILED if bad else token for bad, token in zip(failed, tokens)] if any(failed) else tokens
+        at = upload(torch.tensor(limited, device="cpu"), device)
+        p_SV[at] = _truncate_batch(p_SV[at], upload(torch.tensor(settings, dtype=torch.float64, device="cpu"), device))
+    return torch.where(failed_S, FAILED, _invert(p_SV, upload(u_S, device))).tolist()
 
 
 def _invert(weights_SV: Tensor, u_S: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tilery.models.config import DeepseekConfig
+from tilery.models.step import CPU
 from tilery.ops.cache import PAGE, packed_index_bytes, packed_mla_bytes
 
 
@@ -38,19 +39,21 @@ def bytes_per_token(config: DeepseekConfig, dtype: torch.dtype, layers: int) -> 
     return layers * (row + index)
 
 
-def allocate(config: DeepseekConfig, slots: int, dtype: torch.dtype, layers: int) -> list[LayerCache]:
-    """Zeroed cache for `slots` tokens (a multiple of 64). Raises `ValueError` for shapes the packed rows cannot
-    hold."""
+def allocate(
+    config: DeepseekConfig, slots: int, dtype: torch.dtype, layers: int, device: torch.device = CPU
+) -> list[LayerCache]:
+    """Zeroed cache for `slots` tokens (a multiple of 64) on `device`. Raises `ValueError` for shapes the packed rows
+    cannot hold."""
     if slots % PAGE:
         raise ValueError(f"the cache holds whole pages of {PAGE} tokens; {slots} is not a multiple")
-    made = []
-    for _ in range(layers):
-        if dtype == torch.uint8:
-            mla = torch.zeros(slots, packed_mla_bytes(config.kv_lora_rank, config.qk_rope_head_dim), dtype=dtype)
-            page = PAGE * packed_index_bytes(config.index_head_dim) if config.sparse else 0
-            index = torch.zeros(slots // PAGE, page, dtype=dtype) if config.sparse else None
-        else:
-            mla = torch.zeros(slots, config.kv_lora_rank + config.qk_rope_head_dim, dtype=dtype)
-            index = torch.zeros(slots, config.index_head_dim, dtype=dtype) if config.sparse else None
-        made.append(LayerCache(mla, index))
-    return made
+    if dtype == torch.uint8:
+        mla = (slots, packed_mla_bytes(config.kv_lora_rank, config.qk_rope_head_dim))
+        index = (slots // PAGE, PAGE * packed_index_bytes(config.index_head_dim)) if config.sparse else None
+    else:
+        mla = (slots, config.kv_lora_rank + config.qk_rope_head_dim)
+        index = (slots, config.index_head_dim) if config.sparse else None
+
+    def zeros(shape: tuple[int, int]) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return [LayerCache(zeros(mla), zeros(index) if index else None) for _ in range(layers)]

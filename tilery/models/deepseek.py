@@ -21,21 +21,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilery.models.cache import LayerCache
 from tilery.models.config import DeepseekConfig
-from tilery.models.step import StepInput
+from tilery.models.step import DecodeRows, StepInput
+from tilery.ops.quant import stack_rows
 from tilery.ops.registry import Operators
 
-Weight = Callable[..., Tensor]
-"""`weight(name)` is a matrix of the checkpoint in the dtype it is kept in, `weight(name, torch.float32)` in fp32."""
+Weights = Callable[..., Any]
+"""`weight(name)` is a matrix of the checkpoint as it is kept (see `ops.quant.Weight`), `weight(name, torch.float32)` a
+tensor in fp32."""
 
 
 def rope_table(config: DeepseekConfig, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, R/2] fp32, YaRN blended (the same frequencies for MLA and indexer)."""
+    """cos and sin [positions, R/2] fp32 on the CPU, YaRN blended (the same frequencies for MLA and indexer)."""
     dim, theta = config.qk_rope_head_dim, config.rope_theta
     inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     factor = 1.0
@@ -61,94 +64,85 @@ class Rope:
     cos: Tensor
     sin: Tensor
 
+    def __getitem__(self, rows: slice) -> Rope:
+        return Rope(self.cos[rows], self.sin[rows])
+
 
 class Indexer:
     """Scores positions for sparse attention: one key head, many query heads, weights per head from the hidden state."""
 
-    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight, prefix: str) -> None:
+    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weights, prefix: str) -> None:
         self.ops, self.topk = ops, config.index_topk
-        self.heads, self.dim, self.rope = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+        self.heads, self.dim = config.index_n_heads, config.index_head_dim
         self.wq_b = weight(f"{prefix}wq_b.weight")
         self.norm_weight = weight(f"{prefix}k_norm.weight", torch.float32)
         self.norm_bias = weight(f"{prefix}k_norm.bias", torch.float32)
-        # n_heads^-0.5 and head_dim^-0.5 belong to the head weights; both are positive, so ReLU does not mind.
-        self.weights_proj = weight(f"{prefix}weights_proj.weight", torch.float32) * (self.heads * self.dim) ** -0.5
-
-    def keys(self, k_TD: Tensor, rope: Rope) -> Tensor:
-        k = self.ops.layer_norm(k_TD, self.norm_weight, self.norm_bias, 1e-6)
-        rotated = self.ops.rope_half_split(k[:, : self.rope], rope.cos, rope.sin)
-        return torch.cat((rotated, k[:, self.rope :]), dim=1)
+        self.weights_proj = weight(f"{prefix}weights_proj.weight", torch.float32)
 
     def queries(self, x_TH: Tensor, q_latent: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated queries [T, heads, D] and head weights [T, heads] fp32."""
         q = self.ops.linear(q_latent, self.wq_b).view(-1, self.heads, self.dim)
-        rotated = self.ops.rope_half_split(q[..., : self.rope], rope.cos, rope.sin)
-        return torch.cat((rotated, q[..., self.rope :]), dim=2), self.ops.linear(x_TH.float(), self.weights_proj)
+        weights = self.ops.linear(x_TH.float(), self.weights_proj)
+        # n_heads^-0.5 and head_dim^-0.5 belong to the head weights; both are positive, so ReLU does not mind.
+        return self.ops.index_queries(q, weights, rope.cos, rope.sin, (self.heads * self.dim) ** -0.5)
 
 
 class Attention:
     """Multi-head latent attention over the paged latent cache, sparse when the model has an indexer."""
 
-    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight, prefix: str) -> None:
+    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weights, prefix: str) -> None:
         self.config, self.ops = config, ops
         self.heads, self.nope, self.latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
         self.q_rank = config.q_lora_rank or self.heads * config.qk_head_dim
+        self.kv_width = self.latent + config.qk_rope_head_dim
         self.indexer = Indexer(config, ops, weight, f"{prefix}indexer.") if config.sparse else None
         # Everything that reads x is one product: q_a (or q), kv_a and the indexer's key.
         names = ["q_a_proj" if config.q_lora_rank else "q_proj", "kv_a_proj_with_mqa"]
         names += ["indexer.wk"] if config.sparse else []
-        self.w_in = torch.cat([weight(f"{prefix}{name}.weight") for name in names])
+        self.w_in = stack_rows([weight(f"{prefix}{name}.weight") for name in names])
         self.q_b = weight(f"{prefix}q_b_proj.weight") if config.q_lora_rank else None
         self.q_norm = weight(f"{prefix}q_a_layernorm.weight", torch.float32) if config.q_lora_rank else None
         self.kv_norm = weight(f"{prefix}kv_a_layernorm.weight", torch.float32)
         self.kv_b = weight(f"{prefix}kv_b_proj.weight")  # per head: nope rows of K, then V rows
-        per_head = self.kv_b.unflatten(0, (self.heads, -1))
-        self.w_uk = per_head[:, : self.nope].contiguous()  # [N, nope, L]
-        self.w_uv = per_head[:, self.nope :].transpose(1, 2).contiguous()  # [N, L, v]
+        per_head = self.kv_b.unflatten(0, (self.heads, self.nope + config.v_head_dim))
+        self.w_uk, self.w_uv = per_head[:, : self.nope], per_head[:, self.nope :]  # [N, nope, L], [N, v, L]: views
         self.o_proj = weight(f"{prefix}o_proj.weight")
 
     def __call__(self, x_TH: Tensor, rope: Rope, step: StepInput, cache: LayerCache) -> Tensor:
-        ops, config, tokens = self.ops, self.config, x_TH.shape[0]
-        q_latent, kv, k_index = ops.linear(x_TH, self.w_in).tensor_split(
-            (self.q_rank, self.q_rank + self.latent + config.qk_rope_head_dim), dim=1
-        )
-        if self.q_b is not None and self.q_norm is not None:
-            q_latent = ops.rms_norm(q_latent, self.q_norm, 1e-6)
-            q = ops.linear(q_latent, self.q_b)
-        else:
-            q = q_latent
-        q = q.view(tokens, self.heads, config.qk_head_dim)
-        q_rope = ops.rope_interleaved(q[..., self.nope :], rope.cos, rope.sin)
-        latent = ops.rms_norm(kv[:, : self.latent], self.kv_norm, 1e-6)
-        ops.write_mla(cache.mla, step.slots, latent, ops.rope_interleaved(kv[:, self.latent :], rope.cos, rope.sin))
-        if self.indexer is not None:
-            ops.write_index(cache.index, step.slots, self.indexer.keys(k_index, rope))
+        ops, tokens = self.ops, x_TH.shape[0]
+        q_latent = self._prolog(ops.linear(x_TH, self.w_in), rope, step.slots, cache)
+        q = q_latent if self.q_b is None else ops.linear(q_latent, self.q_b)
+        q = q.view(tokens, self.heads, self.config.qk_head_dim)
 
         parts = []
         if step.decode is not None:
             rows = slice(0, step.decode.count)
-            parts.append(
-                self._decode(q[rows, :, : self.nope], q_rope[rows], x_TH[rows], q_latent[rows], rope, step, cache)
-            )
+            parts.append(self._decode(q[rows], x_TH[rows], q_latent[rows], rope[rows], step.decode, cache))
         for segment in step.prefills:
             rows = slice(segment.start, segment.stop)
-            q_rows = torch.cat((q[rows, :, : self.nope], q_rope[rows]), dim=2)
-            part = Rope(rope.cos[rows], rope.sin[rows])
-            parts.append(self._prefill(q_rows, x_TH[rows], q_latent[rows], part, segment.slots, cache))
+            parts.append(self._prefill(q[rows], x_TH[rows], q_latent[rows], rope[rows], segment.slots, cache))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return ops.linear(out.reshape(tokens, -1), self.o_proj)
 
-    def _decode(self, q_nope, q_rope, x_TH, q_latent, rope: Rope, step: StepInput, cache: LayerCache) -> Tensor:
-        rows = step.decode
-        assert rows is not None
-        slots = rows.slots
+    def _prolog(self, y_TI: Tensor, rope: Rope, slots: Tensor, cache: LayerCache) -> Tensor:
+        """Writes the tokens' cache rows from the first product; returns the normalised query latent (or the query)."""
+        q, kv = y_TI[:, : self.q_rank], y_TI[:, self.q_rank : self.q_rank + self.kv_width]
+        tables = (rope.cos, rope.sin, slots, cache.mla)
+        if self.indexer is None:
+            return self.ops.mla_prolog(q, kv, self.q_norm, self.kv_norm, *tables, 1e-6)
+        key = y_TI[:, self.q_rank + self.kv_width :]
+        norms = (self.q_norm, self.kv_norm, self.indexer.norm_weight, self.indexer.norm_bias)
+        return self.ops.mla_indexer_prolog(q, kv, key, *norms, *tables, cache.index, 1e-6)
+
+    def _decode(self, q_TND, x_TH, q_latent, rope: Rope, rows: DecodeRows, cache: LayerCache) -> Tensor:
+        ops, slots = self.ops, rows.slots
         if self.indexer is not None and rows.max_len > self.indexer.topk:
-            part = Rope(rope.cos[: rows.count], rope.sin[: rows.count])
-            q, weights = self.indexer.queries(x_TH, q_latent, part)
-            slots = self.ops.select_decode(q, weights, cache.index, slots, self.indexer.topk)
-        absorbed = torch.cat((self.ops.heads_linear(q_nope, self.w_uk), q_rope), dim=2)
-        out = self.ops.mla_decode(absorbed, cache.mla, slots, self.latent, self.config.softmax_scale)
-        return self.ops.heads_linear(out, self.w_uv)
+            q, weights = self.indexer.queries(x_TH, q_latent, rope)
+            slots = ops.select_decode(q, weights, cache.index, slots, self.indexer.topk)
+        nope, absorbed = ops.split_queries(q_TND, rope.cos, rope.sin, self.latent)
+        ops.heads_absorb(nope, self.w_uk, absorbed[:, :, : self.latent])
+        out = ops.mla_decode(absorbed, cache.mla, slots, self.latent, self.config.softmax_scale)
+        return ops.heads_linear(out, self.w_uv)
 
     def _prefill(self, q_TND, x_TH, q_latent, rope: Rope, slots: Tensor, cache: LayerCache) -> Tensor:
         ops, config, context = self.ops, self.config, slots.shape[0]
@@ -161,15 +155,16 @@ class Attention:
         kv = ops.linear(rows[:, : self.latent], self.kv_b).view(context, self.heads, self.nope + config.v_head_dim)
         k_rope = rows[:, None, self.latent :].expand(-1, self.heads, -1)
         k = torch.cat((kv[..., : self.nope], k_rope), dim=2)
+        q_TND = ops.rotate_queries(q_TND, rope.cos, rope.sin)
         return ops.mha_prefill(q_TND, k, kv[..., self.nope :], allowed, config.softmax_scale)
 
 
 class FeedForward:
     """down(silu(gate x) * up x): the dense layers' network and the shared expert."""
 
-    def __init__(self, ops: Operators, weight: Weight, prefix: str) -> None:
+    def __init__(self, ops: Operators, weight: Weights, prefix: str) -> None:
         self.ops = ops
-        self.gate_up = torch.cat([weight(f"{prefix}{name}_proj.weight") for name in ("gate", "up")])
+        self.gate_up = stack_rows([weight(f"{prefix}{name}_proj.weight") for name in ("gate", "up")])
         self.down = weight(f"{prefix}down_proj.weight")
 
     def __call__(self, x_TH: Tensor) -> Tensor:
@@ -179,19 +174,22 @@ class FeedForward:
 class MoE:
     """Routed experts chosen by a sigmoid gate within the best groups, plus a shared expert for every token."""
 
-    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight, prefix: str) -> None:
+    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weights, prefix: str) -> None:
         self.config, self.ops = config, ops
         self.gate = weight(f"{prefix}gate.weight", torch.float32)
         self.bias = weight(f"{prefix}gate.e_score_correction_bias", torch.float32)
         first = weight(f"{prefix}experts.0.gate_proj.weight")
         experts, width = config.n_routed_experts, config.moe_intermediate_size
         self.gate_up = first.new_empty(experts, 2 * width, config.hidden_size)
-        self.down = first.new_empty(config.hidden_size, experts * width)
+        self.down = first.new_empty(experts, config.hidden_size, width)
         for e in range(experts):
             self.gate_up[e, :width] = weight(f"{prefix}experts.{e}.gate_proj.weight")
             self.gate_up[e, width:] = weight(f"{prefix}experts.{e}.up_proj.weight")
-            self.down[:, e * width : (e + 1) * width] = weight(f"{prefix}experts.{e}.down_proj.weight")
-        self.shared = FeedForward(ops, weight, f"{prefix}shared_experts.") if config.n_shared_experts else None
+            self.down[e] = weight(f"{prefix}experts.{e}.down_proj.weight")
+        self.shared = None
+        if config.n_shared_experts:
+            shared = FeedForward(ops, weight, f"{prefix}shared_experts.")
+            self.shared = (shared.gate_up, shared.down)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         c = self.config
@@ -199,14 +197,13 @@ class MoE:
         weights, experts = self.ops.route_grouped(
             logits, self.bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor
         )
-        out = self.ops.experts_swiglu(x_TH, weights, experts, self.gate_up, self.down)
-        return out if self.shared is None else out + self.shared(x_TH)
+        return self.ops.experts_swiglu(x_TH, weights, experts, self.gate_up, self.down, self.shared)
 
 
 class Layer:
     """x += attention(norm(x)); x += ffn(norm(x))."""
 
-    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight, index: int) -> None:
+    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weights, index: int) -> None:
         prefix = f"model.layers.{index}."
         self.ops, self.eps = ops, config.rms_norm_eps
         self.input_norm = weight(f"{prefix}input_layernorm.weight", torch.float32)
@@ -219,8 +216,9 @@ class Layer:
             self.ffn = FeedForward(ops, weight, f"{prefix}mlp.")
 
     def __call__(self, x_TH: Tensor, rope: Rope, step: StepInput, cache: LayerCache) -> Tensor:
-        x_TH = x_TH + self.attention(self.ops.rms_norm(x_TH, self.input_norm, self.eps), rope, step, cache)
-        return x_TH + self.ffn(self.ops.rms_norm(x_TH, self.post_norm, self.eps))
+        y_TH = self.attention(self.ops.rms_norm(x_TH, self.input_norm, self.eps), rope, step, cache)
+        y_TH, x_TH = self.ops.add_rms_norm(y_TH, x_TH, self.post_norm, self.eps)
+        return x_TH + self.ffn(y_TH)
 
 
 class MultiTokenPrediction:
@@ -229,7 +227,7 @@ class MultiTokenPrediction:
     z = eh_proj [enorm(embed(token[t+1])); hnorm(hidden[t])], hidden after the model's final norm; then a whole layer.
     """
 
-    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weight) -> None:
+    def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weights) -> None:
         index = config.num_hidden_layers
         prefix = f"model.layers.{index}."
         self.ops, self.eps = ops, config.rms_norm_eps
@@ -251,8 +249,8 @@ class MultiTokenPrediction:
 
 
 class DeepseekModel:
-    """The whole model. `positions` is the longest context it will see (tables are made for it), `dtype` that of
-    activations (weights may be narrower where the operators allow it).
+    """The whole model, on the device of what `weight` returns. `positions` is the longest context it will see (tables
+    are made for it), `dtype` that of activations (weights may be narrower where the operators allow it).
 
     `mtp` loads the multi-token-prediction layer, whose cache is the last of the list that `forward` and `draft` take.
     """
@@ -261,7 +259,7 @@ class DeepseekModel:
         self,
         config: DeepseekConfig,
         ops: Operators,
-        weight: Weight,
+        weight: Weights,
         positions: int,
         dtype: torch.dtype,
         mtp: bool = False,
@@ -272,19 +270,19 @@ class DeepseekModel:
         self.norm = weight("model.norm.weight", torch.float32)
         self.head = self.embed if config.tie_word_embeddings else weight("lm_head.weight")
         self.mtp = MultiTokenPrediction(config, ops, weight) if mtp else None
-        self.cos, self.sin = rope_table(config, positions)
+        self.cos, self.sin = (table.to(self.embed.device) for table in rope_table(config, positions))
 
     @property
     def cache_layers(self) -> int:
         return len(self.layers) + (self.mtp is not None)
 
-    def _rope(self, step: StepInput) -> Rope:
-        return Rope(self.cos.index_select(0, step.positions), self.sin.index_select(0, step.positions))
+    def _inputs(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Rope]:
+        x, cos, sin = self.ops.embed(self.embed, ids_T, self.cos, self.sin, positions_T, self.dtype)
+        return x, Rope(cos, sin)
 
     def forward(self, step: StepInput, caches: list[LayerCache]) -> Tensor:
         """Writes the step's cache rows and returns hidden states [T, H] after the final norm."""
-        x = self.embed.index_select(0, step.token_ids).to(self.dtype)
-        rope = self._rope(step)
+        x, rope = self._inputs(step.token_ids, step.positions)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, step, cache)
         return self.ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
@@ -293,8 +291,8 @@ class DeepseekModel:
         """Hidden states [T, H] whose logits predict the token after `next_ids` [T] (int64: the token after each)."""
         if self.mtp is None:
             raise ValueError("the multi-token-prediction layer was not loaded")
-        embedded = self.embed.index_select(0, next_ids).to(self.dtype)
-        return self.mtp(embedded, hidden_TH, self._rope(step), step, caches[-1])
+        embedded, rope = self._inputs(next_ids, step.positions)
+        return self.mtp(embedded, hidden_TH, rope, step, caches[-1])
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, V] fp32."""

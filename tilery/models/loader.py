@@ -1,5 +1,5 @@
-"""Opening a Hugging Face checkpoint: memory-mapped safetensors, FP8 blocks dequantised, everything checked before
-use."""
+"""Opening a Hugging Face checkpoint: memory-mapped safetensors, FP8 blocks dequantised where the platform cannot
+multiply by them, everything checked before use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from tilery.models.config import ConfigError, DeepseekConfig, read_config, read_json, resolve_model
 from tilery.models.deepseek import DeepseekModel
 from tilery.models.inventory import TensorSpec, inventory
-from tilery.ops.quant import E4M3, dequantize_blocks
+from tilery.models.step import CPU
+from tilery.ops.quant import E4M3, BlockWeight, Weight, dequantize_blocks
 from tilery.ops.registry import Operators
 
 __all__ = ["Checkpoint", "CheckpointError", "load_model", "resolve_model"]
@@ -31,12 +32,14 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """The tensors of a folder's safetensors files, by name, memory-mapped: nothing is read before it is asked for.
 
+    Tensors come on `device`; FP8 blocks cross as they are, so a GPU gets a quarter of the bytes and dequantises itself.
+
     Raises `CheckpointError` if there are no safetensors files (pickle files are refused: loading them runs code), or
     a file is named by the index but missing or cut short.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+        self.folder, self.device = folder, device
         path = folder / "model.safetensors.index.json"
         index = read_json(path).get("weight_map", {})
         if not isinstance(index, dict):
@@ -72,7 +75,7 @@ class Checkpoint:
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
+        return self._file_of[name].get_tensor(name).to(self.device)
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in `dtype`; FP8 blocks are multiplied by their `weight_scale_inv`."""
@@ -80,6 +83,18 @@ class Checkpoint:
         if value.dtype == E4M3:
             value = dequantize_blocks(value, self.tensor(f"{name}_scale_inv"))
         return value.to(dtype)
+
+    def blocks(self, name: str, dtype: torch.dtype) -> BlockWeight | None:
+        """An FP8 matrix as it is stored; None if it is not, or if rounding its numbers to `dtype` would change them.
+
+        e4m3 times a power of two is exact in every dtype; other scales are only kept for fp32.
+        """
+        value = self.tensor(name)
+        if value.dtype != E4M3:
+            return None
+        scale = self.tensor(f"{name}_scale_inv").float()
+        exact = dtype == torch.float32 or bool((torch.frexp(scale).mantissa == 0.5).all())
+        return BlockWeight.of(value.clone(), scale) if exact else None
 
     def check(self, specs: Iterable[TensorSpec], main_layers: int) -> None:
         """Compares names and shapes with `specs`; raises one `CheckpointError` that names all that differ.
@@ -134,14 +149,16 @@ def load_model(
     positions: int | None = None,
     mtp: bool = False,
     progress: bool = False,
+    device: torch.device = CPU,
 ) -> DeepseekModel:
-    """Builds the model of a checkpoint folder.
+    """Builds the model of a checkpoint folder on `device`, which must be one that `ops` were selected for.
 
-    Matrices are rounded to `dtype` and kept in the dtype the platform multiplies fastest: on a CPU without bf16 matrix
-    instructions a bf16 model computes in fp32 on bf16-rounded weights. Raises `ConfigError` or `CheckpointError`.
+    Matrices are rounded to `dtype`. A GPU and a CPU with bf16 matrix instructions keep and multiply bf16; other CPUs
+    compute in fp32, and where `ops` take narrow weights keep them in `dtype`, or as FP8 where that is the same numbers.
+    Raises `ConfigError` or `CheckpointError`.
     """
     config = read_config(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, device)
     if mtp and not has_mtp(checkpoint, config):
         raise ConfigError(
             f"{folder} has no multi-token-prediction layer: speculative decoding with it is not possible."
@@ -153,10 +170,13 @@ def load_model(
     stored = dtype if native or ops.narrow_weights else torch.float32
     bar = _Progress(len(specs), progress)
 
-    def weight(name: str, kind: torch.dtype | None = None) -> Tensor:
+    def weight(name: str, kind: torch.dtype | None = None) -> Weight:
         bar.advance()
+        if kind is None and ops.narrow_weights and (blocks := checkpoint.blocks(name, dtype)) is not None:
+            return blocks
         made = checkpoint.weight(name, dtype).to(stored) if kind is None else checkpoint.weight(name, kind)
-        return made.clone()  # nothing may point into the file, whose pages would stay resident
+        # On a CPU nothing may point into the file, whose pages would stay resident; a GPU has a copy as it is.
+        return made.clone() if device.type == "cpu" else made
 
     model = DeepseekModel(config, ops, weight, positions or config.max_position_embeddings, compute, mtp)
     bar.close()

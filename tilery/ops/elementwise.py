@@ -32,6 +32,19 @@ def rms_norm_cpu(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 
 @operator
+def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(sum), sum) of sum = residual + x, rounded to their dtype before the norm. New tensors."""
+    total = residual_TH + x_TH
+    return rms_norm(total, weight_H, eps), total
+
+
+@implementation("add_rms_norm", "fused", "cpu")
+def add_rms_norm_cpu(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = residual_TH + x_TH
+    return rms_norm_cpu(total, weight_H, eps), total
+
+
+@operator
 def layer_norm(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> Tensor:
     """LayerNorm with weight and bias over the last dimension, computed in fp32, returned in x's dtype.
 

@@ -15,8 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
-MODULES = ("attention", "cache", "elementwise", "indexer", "linear", "moe", "quant", "topk", "native")
-"""The modules of this package that declare operators; `native` needs a C++ compiler and says so where there is none."""
+MODULES = ("attention", "cache", "elementwise", "indexer", "linear", "mla", "moe", "quant", "topk", "native", "tiled")
+"""The modules of this package that declare operators and implementations; `native` and `tiled` say what they miss where
+they cannot run."""
+
+PRODUCTS = ("linear", "heads_linear", "heads_absorb", "experts_swiglu")
+"""The operators that multiply by weights."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +74,8 @@ def operator(function: F) -> F:
 
 
 def _same_device(target: str) -> Callable[[Platform], str | None]:
+    if target == "any":
+        return lambda platform: None
     return lambda platform: None if platform.device == target else f"needs {target}, this is {platform.device}"
 
 
@@ -98,8 +104,8 @@ class Operators(SimpleNamespace):
 
     @property
     def narrow_weights(self) -> bool:
-        """Whether products take bf16 weights with fp32 activations, so that a bf16 model need not be widened."""
-        return self.chosen["linear"] == self.chosen["experts_swiglu"] == self.chosen["heads_linear"] == "native"
+        """Whether products take bf16 and FP8 weights with fp32 activations, so that nothing need be widened."""
+        return all(self.chosen[name] == "native" for name in PRODUCTS)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no operator named {name!r}; there are: {', '.join(sorted(_OPERATORS))}")

@@ -1,0 +1,1 @@
+"""Tests of the operators written in the tile language."""
