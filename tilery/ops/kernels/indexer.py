@@ -35,8 +35,8 @@ from tilery.tile.schedule import Schedule
 T, N, D, C, P, S = Dim("T"), Dim("N", min=1), Dim("D", min=1), Dim("C"), Dim("P", min=1), Dim("S", min=1)
 W = Dim("W", min=1, multiple_of=4)
 
-CLOSE = Tolerance(2e-3, 1e-3)
-"""Only the order of f32 sums differs, but Hopper's FP8 products are added with about 14 bits."""
+CLOSE = Tolerance(1e-4, 1e-3)
+"""Only the order of f32 sums differs. `index_scores_prefill` on Hopper is outside: see docs/notes/gpu_kernels.md."""
 FOLDED = (64 * 128) ** -0.5
 """What the caller folds into the head weights at V3.2's sizes; keeps the benchmarks' scores realistic."""
 
