@@ -1,14 +1,18 @@
-"""Every kernel of the tile language at its benchmark shapes on one GPU: right first, then timed beside torch.compile.
+"""Every kernel of the tile language at its benchmark shapes on one GPU: right, fast, and beside torch.compile.
 
-    PYTHONPATH=. python benchmarks/tile_gpu.py [--only NAME ...] [--no-compile] [--out FILE]
+    PYTHONPATH=. python benchmarks/tile_gpu.py [--only NAME ...] [--out FILE]
+    PYTHONPATH=. python benchmarks/tile_gpu.py --compare [--only NAME ...] [--out FILE]
 
-For each kernel and each of its `bench` cases: the result is compared with the reference within its tolerance; the
-kernel and `torch.compile(reference, mode="max-autotune-no-cudagraphs")` are then captured in CUDA graphs of the same
-number of calls and replayed alternately; medians of the replays, in microseconds per call. A reference that cannot be
-captured (it waits for the GPU) is timed call by call, and the row says so. `bytes`: what the kernel's tensors hold,
-each counted once; `of_copy` is that rate over the copy rate measured at the start of the run (caches of InOut rows
-count whole, so only streaming kernels' rates mean something). Inputs that fit in the
-second-level cache stay there between calls, for both sides alike.
+For each kernel and each of its `bench` cases the result is compared with the reference within its tolerance, and the
+kernel timed: a CUDA graph of several calls, medians of its replays, in microseconds per call. `bytes`: what the
+kernel's tensors hold, each counted once; `of_copy` is that rate over the copy rate measured at the start of the run
+(caches of InOut rows count whole, so only streaming kernels' rates mean something). Inputs that fit in the second-level
+cache stay there between calls. Results: benchmarks/results/tile_gpu.json.
+
+`--compare` times each kernel beside `torch.compile(mode="max-autotune-no-cudagraphs")` of the same work instead:
+CUDA graphs of the same number of calls, replayed alternately. What was compiled is the kernel's reference, or what
+`tile_gpu_rivals.py` has in its place; the row says which (`compared_with`). What cannot be captured (it waits for the
+GPU) is timed call by call, and the row says so. Results: benchmarks/results/tile_gpu_compile.json.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import environment, write_result
+from _common import write_result
 
 from tilery.tile import registry
 
@@ -142,15 +146,13 @@ def moved_bytes(kernel: Any, arguments: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """Several launches that make one operator, measured like a kernel. `rival`: what torch.compile gets, if not the
-    reference (which sorts in a stable way where no torch operation does)."""
+    """Several launches that make one operator, measured like a kernel."""
 
     name: str
     call: Callable[..., Any]
-    reference: Callable[..., Any]
+    reference: Any
     tolerance: Any
     benches: dict[str, Callable[[torch.Generator, str], dict[str, Any]]]
-    rival: Callable[..., Any] | None = None
     signature: None = None
 
     def __call__(self, **arguments: Any) -> Any:
@@ -184,7 +186,6 @@ def operators() -> list[Operator]:
         Operator(
             "top_k_fast", topk.top_k_fast, top_k_reference, exact,
             {"64_of_32768": scores(64, 32768), "4_of_131072": scores(4, 131072)},
-            lambda scores, k: torch.topk(scores, k, sorted=False).indices,
         ),
         Operator(
             "sample_fast", sampling_pieces.sample_fast, sampling.sample.reference, sampling.sample.tolerance,
@@ -198,9 +199,10 @@ def operators() -> list[Operator]:
 
 def rows_of(only: list[str] | None) -> list[tuple[Any, str, Any]]:
     """(kernel, case name, its maker) of every benchmark case, whole operators first, then kernels."""
+    kernels: list[Any] = [*operators(), *registry.kernels()]
     return [
         (kernel, case, make)
-        for kernel in [*operators(), *registry.kernels()]
+        for kernel in kernels
         for case, make in kernel.benches.items()
         if not only or kernel.name in only
     ]
@@ -215,60 +217,32 @@ def warm(part: int, parts: int, only: list[str] | None) -> None:
             print(f"warming {kernel.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
 
 
-def compiled_reference(kernel: Any, arguments: dict[str, Any], row: dict[str, Any]) -> Callable[[], Any] | None:
-    torch._dynamo.reset()
-    rival = getattr(kernel, "rival", None) or kernel.reference
-    call = functools.partial(torch.compile(rival, mode="max-autotune-no-cudagraphs"), **clone(arguments))
-    start = time.monotonic()
-    try:
-        call()
-    except Exception as error:
-        row["torch_compile_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        return None
-    row["torch_compile_seconds"] = round(time.monotonic() - start, 1)
-    return call
+def shown(row: dict[str, Any]) -> str:
+    kept = {k: (round(v, 3) if isinstance(v, float) else v) for k, v in row.items() if k not in ("errors", "us_min")}
+    return str(kept)
 
 
-def measure(kernel: Any, case: str, make: Any, compiled: bool, rounds: int, copy: float) -> dict[str, Any]:
+def measure(kernel: Any, case: str, make: Any, rounds: int, copy: float) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": kernel.name, "case": case}
     try:
         arguments = make(torch.Generator().manual_seed(0), "cuda")
-        theirs = None
         if kernel.reference is not None:
             row["correct"], row["errors"] = check(kernel, arguments)
-            theirs = compiled_reference(kernel, arguments, row) if compiled else None
-        row.update(compare_us(functools.partial(kernel, **arguments), theirs, rounds))
+        timed = compare_us(functools.partial(kernel, **arguments), None, rounds)
+        row.update((k, v) for k, v in timed.items() if not k.startswith("torch_compile"))
         row["bytes"] = moved_bytes(kernel, arguments)
         row["tb_per_s"] = row["bytes"] / (row["us"] * 1e-6) / 1e12
         row["of_copy"] = row["tb_per_s"] * 1e12 / copy
-        if row["torch_compile_us"]:
-            row["ratio"] = row["torch_compile_us"] / row["us"]
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         traceback.print_exc(limit=4)
-    shown = {k: (round(v, 3) if isinstance(v, float) else v) for k, v in row.items() if k not in ("errors", "us_min")}
-    print(shown, flush=True)
+    print(shown(row), flush=True)
     torch.cuda.empty_cache()
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="kernel names")
-    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=480, help="stop comparing with torch.compile after this long")
-    parser.add_argument("--processes", type=int, default=8, help="processes that fill the cache first; 0: none")
-    parser.add_argument("--warm", nargs=2, type=int, metavar=("PART", "PARTS"), help=argparse.SUPPRESS)
-    parser.add_argument("--fill-cache-only", action="store_true", help="compile all kernels in parallel and stop")
-    parser.add_argument("--out")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs an NVIDIA GPU")
-    registry.discover("tilery.ops.kernels")
-    if args.warm:
-        return warm(*args.warm, args.only)
-    began = time.monotonic()
+def measure_all(args: argparse.Namespace) -> None:
+    """Ours alone, all in this process."""
     only = ["--only", *args.only] if args.only else []
     workers = [
         subprocess.Popen([sys.executable, __file__, "--warm", str(n), str(args.processes), *only])
@@ -276,35 +250,67 @@ def main() -> None:
     ]
     for worker in workers:
         worker.wait()
-    if args.fill_cache_only:
-        return None
+    if args.prepare_only:
+        return
     copy = copy_rate()
-    print(f"copy {copy / 1e12:.3f} TB/s; cache filled after {time.monotonic() - began:.0f} s", flush=True)
-    cases = rows_of(args.only)
-    rows = [measure(kernel, case, make, False, args.rounds, copy) for kernel, case, make in cases]
-    result: dict[str, Any] = {"copy_tb_per_s": copy / 1e12, "rows": rows}
-    write_result("tile_gpu", result, args.out)
-    if not args.no_compile:
-        print(f"torch.compile from {time.monotonic() - began:.0f} s on", flush=True)
-        seen: set[str] = set()
-        first = [at for at, row in enumerate(rows) if row["kernel"] not in seen and not seen.add(row["kernel"])]
-        for at in [
-            *first,
-            *(at for at in range(len(rows)) if at not in first),
-        ]:  # one case of every kernel, then the rest
-            if time.monotonic() - began > args.seconds:
-                rows[at]["torch_compile_skipped"] = "out of time"
-            elif "error" not in rows[at]:
-                rows[at] = measure(*cases[at], True, args.rounds, copy)
-                write_result("tile_gpu", result, args.out)
+    print(f"copy {copy / 1e12:.3f} TB/s", flush=True)
+    rows = [measure(kernel, case, make, args.rounds, copy) for kernel, case, make in rows_of(args.only)]
+    wrong = [f"{r['kernel']}:{r['case']}" for r in rows if r.get("correct") is False or "error" in r]
+    write_result("tile_gpu", {"copy_tb_per_s": copy / 1e12, "rows": rows, "wrong": wrong}, args.out)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over all compared cases, and what is behind or could not be compared."""
     ratios = [r["ratio"] for r in rows if "ratio" in r]
-    if ratios:
-        result["geometric_mean_ratio"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        result["slower_than_torch_compile"] = [f"{r['kernel']}:{r['case']}" for r in rows if r.get("ratio", 1) < 1]
-        print(f"geometric mean over torch.compile: {result['geometric_mean_ratio']:.2f} of {len(ratios)} cases")
-    result["wrong"] = [f"{r['kernel']}:{r['case']}" for r in rows if r.get("correct") is False or "error" in r]
-    result["environment"] = environment()
-    write_result("tile_gpu", result, args.out)
+    return {
+        "compared": len(ratios),
+        "geometric_mean_ratio": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
+        "slower_than_torch_compile": {f"{r['kernel']}:{r['case']}": r["ratio"] for r in rows if r.get("ratio", 1) < 1},
+        "torch_compile_fails": {
+            f"{r['kernel']}:{r['case']}": r["torch_compile_error"] for r in rows if "torch_compile_error" in r
+        },
+        "not_compared": {f"{r['kernel']}:{r['case']}": r["error"] for r in rows if "error" in r},
+    }
+
+
+def compare_all(args: argparse.Namespace) -> None:
+    """Beside torch.compile."""
+    import tile_gpu_compare
+
+    cases, rows = tile_gpu_compare.comparisons(args.only)
+    until, rounds = time.monotonic() + args.seconds, 0 if args.prepare_only else args.rounds
+    for row in tile_gpu_compare.compare(cases, args.processes, args.limit, until, rounds):
+        print(shown(row), flush=True)
+        rows.append(row)
+    if args.prepare_only:
+        return
+    rows.sort(key=lambda row: (row["kernel"], row["case"]))
+    total = summary(rows)
+    print(f"geometric mean over torch.compile: {total['geometric_mean_ratio']} of {total['compared']} cases")
+    write_result("tile_gpu_compile", {**total, "rows": rows}, args.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="kernel names")
+    parser.add_argument("--compare", action="store_true", help="time torch.compile of the same work beside each kernel")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile at once")
+    parser.add_argument("--limit", type=float, default=120, help="seconds a comparison may take to get ready")
+    parser.add_argument("--seconds", type=float, default=1200, help="compare for no longer than this")
+    parser.add_argument("--prepare-only", action="store_true", help="compile everything into the caches and stop")
+    parser.add_argument("--warm", nargs=2, type=int, metavar=("PART", "PARTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs an NVIDIA GPU")
+    registry.discover("tilery.ops.kernels")
+    if args.warm:
+        warm(args.warm[0], args.warm[1], args.only)
+    elif args.compare:
+        compare_all(args)
+    else:
+        measure_all(args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tilery.ops import native, registry
 from tilery.ops.moe import experts_swiglu
 from tilery.ops.native import build
 from tilery.ops.quant import BlockWeight, dequantize_blocks, stack_rows
+from tilery.tile.targets.cpu import tape
 
 NATIVE = registry.select().chosen["linear"] == "native"
 needs_native = pytest.mark.skipif(not NATIVE, reason="no C++ compiler here, or the CPU multiplies bf16 natively")
@@ -156,6 +157,40 @@ def test_experts_of_fp8_weights(tokens, width):
     expected = experts_swiglu(x, weights, ids, gate_up, down, shared)
     got = registry.select().experts_swiglu(x, weights, ids, gate_up, down, shared)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@needs_native
+def test_recorded_calls_compute_the_same():
+    """Every C function by way of its entry for recorded calls, on numbers that changed since."""
+    ops, draw = registry.select(), torch.Generator().manual_seed(0)
+    x, q, weights = torch.randn(5, 256), torch.randn(5, 3, 64), torch.rand(5, 2)
+    matrix, heads = block_weight(draw, 64, 256), block_weight(draw, 3, 64, 256)
+    gate_up, down = block_weight(draw, 5, 96, 256), block_weight(draw, 5, 256, 48)
+    ids, rows = torch.tensor([[1, 3]] * 5, dtype=torch.int32), torch.randn(70, 64)
+    slots, head_weights = torch.arange(70).repeat(5, 1), torch.rand(5, 3)
+
+    def everything():
+        wide = torch.empty(5, 3, 256)
+        ops.heads_absorb(q, heads, wide)
+        return (
+            ops.linear(x, matrix),
+            wide,
+            ops.heads_linear(wide, heads),
+            ops.experts_swiglu(x, weights, ids, gate_up, down, (gate_up[0], down[0])),
+            ops.select_decode(q, head_weights, rows, slots, 20),
+            native._wide(matrix, x),
+        )
+
+    recording = tape.Recording()
+    with recording:
+        outputs = everything()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, everything()))
+    made = recording.tape(outputs, tape.Arena())
+    assert len(made) == len(outputs)
+    for tensor in (x, q, weights, rows, head_weights):
+        tensor.copy_(torch.rand(tensor.shape, generator=draw))
+    made.run()
+    assert all(torch.equal(a, b) for a, b in zip(made.outputs, everything()))
 
 
 def test_block_weights_behave_like_matrices():

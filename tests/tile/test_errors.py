@@ -72,7 +72,7 @@ EXPRESSIONS = [
     (lambda k: tile.dot(k.v, k.v), "dot: the inner extents differ: f32[B.row, K] and f32[B.row, K]; transpose one"),
     (lambda k: tile.dot(k.v, k.w.T), "dot takes two tiles of one of f32, f16, bf16, e4m3, e5m2, i8; got f32 and e4m3"),
     (lambda k: tile.dot(k.v, k.v.T, k.v), "dot: the accumulator must be f32[B.row, B.row], got f32[B.row, K]"),
-    (lambda k: tile.dot(k.v, k.v.T, precision="half"), "dot: precision must be 'ieee' or 'tf32', got 'half'"),
+    (lambda k: tile.dot(k.v, k.v.T, precision="half"), "dot: precision must be 'ieee', 'tf32' or 'fp8', got 'half'"),
     (lambda k: tile.empty([T], f32), "tile.empty makes memory and belongs before the loops; for a value on chip use"),
     (lambda k: tile.full([T], 1.5, "f32"), "expected a dtype of the tile language such as tile.f32, got 'f32'"),
     (lambda k: k.v.to(torch.float32), "expected a dtype of the tile language such as tile.f32, got torch.float32"),

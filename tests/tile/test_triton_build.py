@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.tile.test_triton_emit import NORM, lowered, norm
 from tilery import tile
-from tilery.tile import Dim, Tensor, bf16, e4m3, f32, i32, u8
+from tilery.tile import Dim, Static, Tensor, bf16, e4m3, f32, i32, u8
 from tilery.tile.errors import LaunchError, LoweringError, VerifyError
 from tilery.tile.schedule import Schedule
 from tilery.tile.targets.triton import Spec, compile_kernel, emit, find_cached, native, report, run_interpreted
@@ -21,12 +22,12 @@ T, H, P, K = Dim("T"), Dim("H", multiple_of=128), Dim("P"), Dim("K")
 
 
 @tile.kernel
-def gemm(x: Tensor[T, H, (bf16, e4m3)], w: Tensor[P, H, (bf16, e4m3)]):
+def gemm(x: Tensor[T, H, (bf16, e4m3)], w: Tensor[P, H, (bf16, e4m3)], precision: Static[str] = "ieee"):
     y = tile.empty([T, P], bf16)
     for t, p in tile.parallel(tile.blocks(T, "t"), tile.blocks(P, "p")):
         acc = tile.zeros([t.extent, p.extent], f32)
         for h in tile.range(tile.blocks(H, "h")):
-            acc = tile.dot(x[t, h], w[p, h].T, acc=acc)
+            acc = tile.dot(x[t, h], w[p, h].T, acc=acc, precision=precision)
         y[t, p] = acc.to(bf16)
     return y
 
@@ -73,14 +74,52 @@ def test_packed_rows_are_loaded_wide():
     assert facts.spills == 0
 
 
-@pytest.mark.parametrize("dtype", [bf16, e4m3])
-def test_product_uses_the_tensor_cores(dtype):
+@pytest.mark.parametrize(("dtype", "precision"), [(bf16, "ieee"), (e4m3, "ieee"), (e4m3, "fp8")])
+def test_product_uses_the_tensor_cores(dtype, precision):
+    """FP8 units only where asked for: on Hopper they do not sum in f32."""
     x, w = torch.zeros(128, 512).to(dtype.torch), torch.zeros(256, 512).to(dtype.torch)
-    low = lowered(gemm, x, w, schedule=Schedule({"t": 128, "p": 128, "h": 64 if dtype is bf16 else 128}, 8, 3))
+    low = lowered(
+        gemm, x, w, precision, schedule=Schedule({"t": 128, "p": 128, "h": 64 if dtype is bf16 else 128}, 8, 3)
+    )
     facts = report(emit(low.kernel, low.schedule, Spec(divisible=frozenset("P"))))
-    assert facts.count("HGMMA" if dtype is bf16 else "QGMMA") > 0
+    used, other = ("QGMMA", "HGMMA") if precision == "fp8" else ("HGMMA", "QGMMA")
+    assert facts.count(used) > 0
+    assert facts.count(other) == 0
     assert facts.count("LDGSTS") > 0
     assert facts.spills == 0
+
+
+@tile.kernel
+def turn(x: Tensor[T, f32], y: Tensor[T, f32], cos: Tensor[T, f32], sin: Tensor[T, f32], apart: Static[bool]):
+    z = tile.empty([T], f32)
+    for t in tile.parallel(tile.blocks(T, "t")):
+        if apart:
+            z[t] = tile.mul_rn(x[t], cos[t]) - tile.mul_rn(y[t], sin[t])
+        else:
+            z[t] = x[t] * cos[t] - y[t] * sin[t]
+    return z
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_products_rounded_by_themselves_are_not_fused(apart):
+    numbers = [torch.randn(64) for _ in range(4)]
+    low = lowered(turn, *numbers, apart)
+    facts = report(emit(low.kernel, low.schedule))
+    assert (facts.count("FFMA") == 0) == apart
+    x, y, cos, sin = numbers
+    found = run_interpreted(low, dict(zip(("x", "y", "cos", "sin"), numbers)), {"T": 64})
+    assert torch.equal(found[0], x * cos - y * sin)
+
+
+def test_registers_can_be_limited():
+    x = (torch.zeros(2, 7168).bfloat16(), torch.zeros(7168).bfloat16(), 1e-6)
+    low = lowered(norm, *x, schedule=Schedule({"row": 1}, warps=8))
+    free = report(emit(low.kernel, low.schedule)).registers
+    few = report(emit(low.kernel, replace(low.schedule, registers=40))).registers
+    assert few <= 40 < free
+    assert Schedule.from_json(Schedule(registers=24).to_json()).registers == 24
+    with pytest.raises(LoweringError, match="registers must be 16 to 255"):
+        Schedule(registers=256)
 
 
 def test_dependent_launch_and_persistence_compile():

@@ -53,7 +53,7 @@ def elementwise(name, binary, dtype):
     return binary_kernel if binary else unary_kernel
 
 
-BINARY = ("pow", "fmod", "atan2", "hypot", "copysign")
+BINARY = ("pow", "fmod", "atan2", "hypot", "copysign", "mul_rn")
 
 
 @pytest.mark.parametrize("name", sorted(set(ELEMENTWISE) - {"bit_not", "floordiv", "mod"}))

@@ -20,6 +20,7 @@ from tilery.engine.scheduler import ScheduledItem
 from tilery.models import cache as model_cache
 from tilery.models.deepseek import DeepseekModel
 from tilery.models.loader import load_model, resolve_model
+from tilery.models.recorded import RecordedDecode
 from tilery.models.step import CPU, Chunk, build_step, order_chunks, upload
 from tilery.ops import native, registry
 from tilery.ops.cache import PAGE
@@ -98,6 +99,9 @@ class Runner:
         self.caches = model_cache.allocate(
             self.model_config, slots, self.cache_dtype, self.model.cache_layers, self.device
         )
+        self.recorded = None
+        if native.records(self.ops):
+            self.recorded = RecordedDecode(self.model, self.caches, self.block_size)
 
     def _load(self, config: EngineConfig, dtype: torch.dtype) -> DeepseekModel:
         try:
@@ -147,6 +151,10 @@ class Runner:
         ]
         decoding = sum(len(chunk.token_ids) for chunk in chunks) if all(chunk.decodes for chunk in chunks) else None
         native.set_threads(self.ops, self.threads, decoding)
+        if self.recorded is not None and decoding is not None:
+            hidden = self.recorded.forward(chunks)
+            if hidden is not None:
+                return [hidden] if len(chunks) == 1 else list(hidden.split([len(c.token_ids) for c in chunks]))
         order = order_chunks(chunks)
         hidden = self.model.forward(build_step([chunks[i] for i in order], self.block_size, self.device), self.caches)
         parts = hidden.split([len(chunks[i].token_ids) for i in order])

@@ -201,7 +201,10 @@ class MoE:
 
 
 class Layer:
-    """x += attention(norm(x)); x += ffn(norm(x))."""
+    """x += attention(norm(x)); x += ffn(norm(x)).
+
+    The last addition is left to the norm that follows, which does both in one pass: a layer takes and gives x and what
+    is still to be added to it (None: nothing)."""
 
     def __init__(self, config: DeepseekConfig, ops: Operators, weight: Weights, index: int) -> None:
         prefix = f"model.layers.{index}."
@@ -215,10 +218,15 @@ class Layer:
         else:
             self.ffn = FeedForward(ops, weight, f"{prefix}mlp.")
 
-    def __call__(self, x_TH: Tensor, rope: Rope, step: StepInput, cache: LayerCache) -> Tensor:
-        y_TH = self.attention(self.ops.rms_norm(x_TH, self.input_norm, self.eps), rope, step, cache)
-        y_TH, x_TH = self.ops.add_rms_norm(y_TH, x_TH, self.post_norm, self.eps)
-        return x_TH + self.ffn(y_TH)
+    def __call__(
+        self, x_TH: Tensor, more_TH: Tensor | None, rope: Rope, step: StepInput, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        if more_TH is None:
+            y_TH = self.ops.rms_norm(x_TH, self.input_norm, self.eps)
+        else:
+            y_TH, x_TH = self.ops.add_rms_norm(more_TH, x_TH, self.input_norm, self.eps)
+        y_TH, x_TH = self.ops.add_rms_norm(self.attention(y_TH, rope, step, cache), x_TH, self.post_norm, self.eps)
+        return x_TH, self.ffn(y_TH)
 
 
 class MultiTokenPrediction:
@@ -244,8 +252,8 @@ class MultiTokenPrediction:
     ) -> Tensor:
         e = self.ops.rms_norm(embedded_TH, self.enorm, self.eps)
         h = self.ops.rms_norm(hidden_TH, self.hnorm, self.eps)
-        y = self.layer(self.ops.linear(torch.cat((e, h), dim=1), self.eh_proj), rope, step, cache)
-        return self.ops.rms_norm(y, self.head_norm, self.eps)
+        x, more = self.layer(self.ops.linear(torch.cat((e, h), dim=1), self.eh_proj), None, rope, step, cache)
+        return self.ops.add_rms_norm(more, x, self.head_norm, self.eps)[0]
 
 
 class DeepseekModel:
@@ -283,9 +291,10 @@ class DeepseekModel:
     def forward(self, step: StepInput, caches: list[LayerCache]) -> Tensor:
         """Writes the step's cache rows and returns hidden states [T, H] after the final norm."""
         x, rope = self._inputs(step.token_ids, step.positions)
+        more = None
         for layer, cache in zip(self.layers, caches):
-            x = layer(x, rope, step, cache)
-        return self.ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+            x, more = layer(x, more, rope, step, cache)
+        return self.ops.add_rms_norm(more, x, self.norm, self.config.rms_norm_eps)[0]
 
     def draft(self, hidden_TH: Tensor, next_ids: Tensor, step: StepInput, caches: list[LayerCache]) -> Tensor:
         """Hidden states [T, H] whose logits predict the token after `next_ids` [T] (int64: the token after each)."""

@@ -16,7 +16,7 @@ from tilery.tile.functions import (
 )  # fmt: skip
 from tilery.tile.graph import Graph, graph, view
 from tilery.tile.kernel import Kernel, kernel
-from tilery.tile.lang import TensorRef, Tile, arange, elementwise, full, maximum, minimum, span, where, zeros
+from tilery.tile.lang import TensorRef, Tile, arange, elementwise, full, maximum, minimum, mul_rn, span, where, zeros
 from tilery.tile.ops import OpDef, register as register_op
 from tilery.tile.schedule import Schedule
 from tilery.tile.signature import InOut, Static, Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class NativeCode:
         self.record = dict(record)
         library = build.build(HEADER + "\n" + record["text"], record["symbol"])
         self.function = getattr(library, f"{record['name']}_launch")
+        self.replay = ctypes.cast(getattr(library, f"{record['name']}_replay"), ctypes.c_void_p).value or 0
         self.pool = executable._pool()
         self._typed = False
 
@@ -37,11 +39,7 @@ class NativeCode:
         record = self.record
         tensors = [f"p_{n}" for n, t in call.tensors.items() if t is not None]
         tensors += [f"o_{n}.data_ptr()" for n in range(len(call.interface.outputs))]
-        constants = [call.env[name] for name in record["dims"]]
-        for name, axis in record["strided"]:
-            tensor = call.tensors[name]
-            assert tensor is not None
-            constants.append(tensor.stride(axis))
+        constants = self._constants(call)
         for number, value in enumerate(constants):
             scope[f"c_{number}"] = value
         if not self._typed:
@@ -56,6 +54,24 @@ class NativeCode:
         passed = ["_pool", *tensors, *(f"c_{n}" for n in range(len(constants)))]
         passed += [f"v_{n}" for n in (*record["ints"], *record["floats"])]
         return f"_call({', '.join(passed)})", []
+
+    def _constants(self, call: Call) -> list[int]:
+        """The dimensions and strides that a launch passes."""
+        constants = [call.env[name] for name in self.record["dims"]]
+        for name, axis in self.record["strided"]:
+            tensor = call.tensors[name]
+            assert tensor is not None
+            constants.append(tensor.stride(axis))
+        return constants
+
+    def arguments(self, call: Call, tensors: Sequence[int], values: Mapping[str, Any]) -> tuple[list[int], range]:
+        """What `replay` takes for a call, 8 bytes each (see `source.Source`), and which of them are addresses.
+
+        `tensors`: the addresses of those present, then of the outputs; `values`: the runtime scalars by name."""
+        integers = self._constants(call) + [int(values[name]) for name in self.record["ints"]]
+        floats = [float(values[name]) for name in self.record["floats"]]
+        bits = struct.unpack(f"={len(floats)}q", struct.pack(f"={len(floats)}d", *floats))
+        return [self.pool, *tensors, *integers, *bits], range(1, 1 + len(tensors))
 
 
 class Fallback:

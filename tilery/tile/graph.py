@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,8 +27,15 @@ from tilery.tile.size import Dim, Size, _Unit, as_size
 if TYPE_CHECKING:
     from tilery.tile.kernel import Kernel
 
-RECORDER: ContextVar[Recorder | None] = ContextVar("tile_graph", default=None)
-"""The graph trace in progress; kernels called while it is set are recorded, not run."""
+
+class CallRecorder(Protocol):
+    """Takes kernels' calls in their place."""
+
+    def call(self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+
+
+RECORDER: ContextVar[CallRecorder | None] = ContextVar("tile_recorder", default=None)
+"""The graph trace, or recording of C calls (`targets.cpu.tape`), in progress; kernels called meanwhile go there."""
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -323,7 +330,7 @@ def view(x: Any, dtype: DType, shape: Sequence[Any], strides: Sequence[Any] | No
         flat = raw[: raw.shape[0] // dtype.bytes * dtype.bytes].view(dtype.torch)
         return flat.as_strided(list(shape), list(strides), flat.storage_offset() + offset)
     recorder = RECORDER.get()
-    if recorder is None or not isinstance(x, Symbol):
+    if not isinstance(recorder, Recorder) or not isinstance(x, Symbol):
         raise fail(f"tile.view takes a torch tensor, or a tensor of the graph being traced; got {type(x).__name__}")
     kind = TensorType(dtype, tuple(map(as_size, shape)), tuple(map(as_size, strides)), as_size(offset))
     variable = recorder.variable(re.sub(r"_\d+$", "", x.variable.name), kind)
@@ -347,7 +354,7 @@ class GraphFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the kernels in order; inside another graph's trace, adds its kernels to that graph."""
         bound = self.signature.bind(args, kwargs)
-        if RECORDER.get() is not None:
+        if isinstance(RECORDER.get(), Recorder):
             match(self.signature, bound)
             specialise(self.signature, bound)
         else:

@@ -96,7 +96,7 @@ class Kernel:
         if torch.compiler.is_dynamo_compiling():
             return self._traced_call(args, kwargs)
         recorder = RECORDER.get()
-        if recorder is not None:  # a graph is being traced
+        if recorder is not None:  # a graph is being traced, or C calls recorded
             return recorder.call(self, args, kwargs)
         try:
             return self._dispatch(*args, **kwargs)

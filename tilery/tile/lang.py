@@ -466,6 +466,12 @@ def elementwise(name: str, *args: Any) -> Tile:
     return _unary(name, args[0]) if len(args) == 1 else _binary(name, *args)
 
 
+def mul_rn(a: Any, b: Any) -> Tile:
+    """a * b of f32 or f64, rounded before anything is added to it: on a GPU never part of a fused multiply-add. There
+    f32 products below 2^-126 are 0."""
+    return _binary("mul_rn", a, b)
+
+
 def maximum(a: Any, b: Any) -> Tile:
     return _binary("maximum", a, b)
 

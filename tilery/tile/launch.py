@@ -97,6 +97,12 @@ class Launcher:
 
     def plan(self, bound: Mapping[str, Any], spec: Specialisation, env: dict[str, int], device: torch.device) -> Plan:
         """A launch for exactly these shapes."""
+        return make_plan(*self.prepare(bound, spec, env, device))
+
+    def prepare(
+        self, bound: Mapping[str, Any], spec: Specialisation, env: dict[str, int], device: torch.device
+    ) -> tuple[Executable, Call]:
+        """Compiled code for these arguments, and what a launch of it must know."""
         interface = self.interface(spec)
         present = {n: t for n, t in bound.items() if isinstance(t, Tensor)}
         for name in interface.viewed:
@@ -109,7 +115,7 @@ class Launcher:
         executable = self.executable(bound, spec, env, device, interface, present)
         runtime = tuple(p.name for p in parameters if p.kind != "static")
         tensors = {p.name: bound[p.name] for p in parameters if p.spec is not None}
-        return make_plan(executable, Call(self.kernel.name, interface, runtime, tensors, env, device))
+        return executable, Call(self.kernel.name, interface, runtime, tensors, env, device)
 
     def executable(
         self, bound: Mapping[str, Any], spec: Specialisation, env: Mapping[str, int], device: torch.device,

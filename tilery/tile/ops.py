@@ -147,6 +147,7 @@ _BINARY: tuple[tuple[Any, ...], ...] = (
     ("add", torch.add, "({0} + {1})", "({0} + {1})", "num", 1),
     ("sub", torch.sub, "({0} - {1})", "({0} - {1})", "num", 1),
     ("mul", torch.mul, "({0} * {1})", "({0} * {1})", "num", 1),
+    ("mul_rn", torch.mul, "libdevice.mul_rn({0}, {1})", "({0} * {1})", "float", 1),
     ("div", torch.div, "({0} / {1})", "({0} / {1})", "float", 4),
     ("floordiv", _trunc_div, "({0} // {1})", "t_div({0}, {1})", "int", 4),
     ("mod", _trunc_mod, "({0} % {1})", "t_mod({0}, {1})", "int", 4),

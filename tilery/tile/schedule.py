@@ -24,6 +24,7 @@ class Schedule:
     """`blocks`: size per block label; what is missing is filled from the default. `warps`, `stages`: per program (GPU).
     `persistent`: programs loop over tiles, `persistent` per multiprocessor (0: one program per tile).
     `pdl`: launch overlaps the previous kernel's end. `evict`: eviction policy ("first", "last") per tensor name.
+    `registers`: the most that a thread may take (GPU), so that more programs fit; what does not fit is spilled.
     """
 
     blocks: Mapping[str, int] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Schedule:
     persistent: int = 0
     pdl: bool = False
     evict: Mapping[str, str] = field(default_factory=dict)
+    registers: int | None = None
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class Schedule:
                 raise LoweringError(f"schedule: the block size of {label!r} must be a positive int, got {size!r}")
         if self.warps is not None and self.warps not in (1, 2, 4, 8, 16, 32):
             raise LoweringError(f"schedule: warps must be 1, 2, 4, 8, 16 or 32, got {self.warps}")
+        if self.registers is not None and not (16 <= self.registers <= 255):
+            raise LoweringError(f"schedule: registers must be 16 to 255, got {self.registers}")
         for name, policy in self.evict.items():
             if policy not in ("first", "last"):
                 raise LoweringError(
@@ -60,6 +64,7 @@ class Schedule:
             {
                 "blocks": dict(sorted(self.blocks.items())), "warps": self.warps, "stages": self.stages,
                 "persistent": self.persistent, "pdl": self.pdl, "evict": dict(sorted(self.evict.items())),
+                "registers": self.registers,
             }
         )  # fmt: skip
 
@@ -73,6 +78,7 @@ class Schedule:
         return replace(
             self, blocks={**default.blocks, **self.blocks}, reasons=reasons,
             warps=self.warps or default.warps, stages=self.stages or default.stages,
+            registers=self.registers or default.registers,
         )  # fmt: skip
 
 

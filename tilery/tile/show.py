@@ -94,8 +94,7 @@ def _ptx(emitted: Any, key: str, source: Path) -> str:
     plan = emitted.plan
     function = getattr(load_source(source, f"tilery_kernel_{key}"), plan.name)
     made = ASTSource(fn=function, signature=plan.signature, constexprs={}, attrs=plan.attributes)
-    options = {"num_warps": plan.warps, "num_stages": plan.stages, "launch_pdl": plan.pdl}
-    return str(triton.compile(made, target=GPUTarget("cuda", HOPPER, 32), options=options).asm["ptx"])
+    return str(triton.compile(made, target=GPUTarget("cuda", HOPPER, 32), options=plan.options).asm["ptx"])
 
 
 def _run(command: list[str]) -> str:

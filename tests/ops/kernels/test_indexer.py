@@ -31,5 +31,5 @@ def test_selects_what_the_engine_selects(device):
 def test_prefill_mask_is_the_engines(width):
     q, keys = torch.randn(9, 2, 16, generator=gen()), torch.randn(14, 16, generator=gen(1))
     weights = torch.randn(9, 2, generator=gen(2))
-    got = indexer.select_prefill.interpret(q, weights, keys, None, 6, width)
+    got = indexer.select_prefill.interpret(q, weights, keys, None, 6, width, together=1)
     assert torch.equal(got, torch_indexer.select_prefill(q, weights, keys, 6))

@@ -91,3 +91,24 @@ def test_both_hadamard_transforms_are_sylvesters():
     x = torch.randn(3, 128, generator=gen())
     assert torch.equal(matrix.interpret().float(), hadamard_matrix(128, torch.device("cpu")))
     close(transform.interpret(x), hadamard(x), rtol=0.0078125)
+
+
+def test_the_rotation_of_a_query_is_not_fused():
+    """Torch rounds each of its products. A fused multiply-add rounds about 1 value in 45,000 to the bf16 number next to
+    it, and H spreads that over the row: small results are then several steps of FP8 off."""
+    pytest.importorskip("triton")
+    from tilery.tile.targets.triton import emit, report
+
+    low = indexer_prolog.index_query_fp8.lower("triton", T=4096, N=64, R=64, transform=True)
+    assert report(emit(low.kernel, low.schedule)).count("FFMA") == 0
+
+
+def test_what_fusing_the_rotation_would_do():
+    """The bf16 numbers before the Hadamard product, with products rounded apart and with one fused."""
+    q, cos, sin = torch.randn(512, 64, 64, generator=gen()).bfloat16().float(), *tables(512, 64)
+    x, y, c, s = q[..., :32], q[..., 32:], cos[:, None], sin[:, None]
+    apart = (x * c - y * s).bfloat16()
+    fused = (x.double() * c.double() - (y * s).double()).float().bfloat16()  # exact but for the last rounding
+    step = (apart.float() - fused.float()).abs() / apart.float().abs().clamp(min=1e-30)
+    assert 0 < int((apart != fused).sum()) < apart.numel() / 10_000
+    assert float(step.max()) < 2.0**-7

@@ -18,6 +18,7 @@ Legend: S slots, T tokens, L latent, R rope, D indexer head dim, P pages or bloc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ from tilery.ops.kernels._common import (
     randn,
     sizes,
 )
-from tilery.tile import Dim, Float, InOut, Static, Tensor, bf16, e4m3, f16, f32, i8, i16, i32, i64, u8
+from tilery.tile import Dim, Float, InOut, Schedule, Static, Tensor, bf16, e4m3, f16, f32, i8, i16, i32, i64, u8
 from tilery.tile.dtypes import DType
 from tilery.tile.lang import TensorRef, Tile
+from tilery.tile.passes.pad import power_of_two
 from tilery.tile.tolerance import EXACT
 
 S, T, K, P, E, M, D = Dim("S"), Dim("T"), Dim("K"), Dim("P"), Dim("E"), Dim("M"), Dim("D")
@@ -282,7 +284,12 @@ def read_index_fp8(pages: Tensor[P, PAGE_BYTES, u8], slots: Tensor[K, Index], dt
 # --- blocks -----------------------------------------------------------------------------------------------------
 
 
-@tile.kernel(reference=_copy_blocks, tolerance=EXACT)
+def _block_schedule(env: Mapping[str, int], target: str) -> Schedule | None:
+    """8 KiB a program, of bytes: with 1 KiB, starting programs takes longer than copying."""
+    return None if target == "cpu" else Schedule(blocks={"part": min(8192, power_of_two(env.get("E", 8192)))}, warps=8)
+
+
+@tile.kernel(reference=_copy_blocks, tolerance=EXACT, schedule=_block_schedule)
 def copy_blocks(cache: InOut[P, E, Storage], sources: Tensor[M, Index], targets: Tensor[M, Index]):
     """cache[targets[i]] = cache[sources[i]] for M pairs, as for copy-on-write of shared prefixes.
 
@@ -293,7 +300,7 @@ def copy_blocks(cache: InOut[P, E, Storage], sources: Tensor[M, Index], targets:
         cache[targets[m], e] = cache[sources[m], e]
 
 
-@tile.kernel(reference=_gather_blocks, tolerance=EXACT)
+@tile.kernel(reference=_gather_blocks, tolerance=EXACT, schedule=_block_schedule)
 def gather_blocks(cache: Tensor[P, E, Storage], blocks: Tensor[M, Index]):
     """[M, E]: the named blocks, one after the other (swapping out, sending to another machine)."""
     rows = tile.empty([M, E], cache.dtype)
@@ -302,7 +309,7 @@ def gather_blocks(cache: Tensor[P, E, Storage], blocks: Tensor[M, Index]):
     return rows
 
 
-@tile.kernel(reference=_scatter_blocks, tolerance=EXACT)
+@tile.kernel(reference=_scatter_blocks, tolerance=EXACT, schedule=_block_schedule)
 def scatter_blocks(cache: InOut[P, E, Storage], blocks: Tensor[M, Index], rows: Tensor[M, E, Storage]):
     """The reverse of `gather_blocks`: cache[blocks[i]] = rows[i]; both of one dtype, blocks distinct."""
     for m, e in tile.parallel(M, tile.blocks(E, "part")):

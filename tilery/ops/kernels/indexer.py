@@ -3,9 +3,10 @@
     score[t, c] = scale[c] * sum_h weight[t, h] * relu(q[t, h] . key[c])
 
 One key head, many query heads (64 of 128), ReLU before the weights; a positive key scale may stand outside. The caller
-has folded n_heads^-0.5 * head_dim^-0.5 (and an FP8 query's scale) into the weights. A program holds all heads of a
-token, multiplies [heads, 128] x [128, keys], and reduces over heads in registers: a score is written once, 4 bytes for
-16384 floating-point operations.
+has folded n_heads^-0.5 * head_dim^-0.5 (and an FP8 query's scale) into the weights. A program keeps all heads of a
+token (prefill: of four) on chip while keys pass by, multiplies [keys, 128] x [128, heads], and reduces over heads in
+registers: a score is written once, 4 bytes for 16384 floating-point operations. With the keys first the heads of a key
+lie in four neighbouring threads; with the heads first they would be spread over all warps.
 
 Keys come as plain rows, as packed FP8 pages (64 tokens: 64 * 128 e4m3 values, then 64 f32 scales, 132 bytes a token),
 or as INT8 or FP8 rows with a scale each. A block table leads to them; a list of slots is a block table of pages of 1.
@@ -36,7 +37,9 @@ T, N, D, C, P, S = Dim("T"), Dim("N", min=1), Dim("D", min=1), Dim("C"), Dim("P"
 W = Dim("W", min=1, multiple_of=4)
 
 CLOSE = Tolerance(1e-4, 1e-3)
-"""Only the order of f32 sums differs. `index_scores_prefill` on Hopper is outside: see docs/notes/gpu_kernels.md."""
+"""Only the order of f32 sums differs."""
+TOGETHER = 4
+"""Tokens of a program of prefill: with 64 heads each they make the widest product that fits in registers."""
 FOLDED = (64 * 128) ** -0.5
 """What the caller folds into the head weights at V3.2's sizes; keeps the benchmarks' scores realistic."""
 
@@ -60,10 +63,9 @@ def key_rows(
     return values.load((page, place, slice(None)), where=mask).to(dtype), page_scales.load((page, place), where=there)
 
 
-def weigh(products: Tile, weight: Tile, scale: Tile | None) -> Tile:
-    """[heads, keys] -> f32 [keys]."""
-    score = tile.sum(tile.maximum(products, 0).to(f32) * weight[:, None], axis=0)
-    return score if scale is None else score * scale
+def weigh(products: Tile, weight: Tile) -> Tile:
+    """[keys, ..., heads], [..., heads] -> f32 [keys, ...]."""
+    return tile.sum(tile.maximum(products, 0).to(f32) * weight, axis=-1)
 
 
 # ---- references ------------------------------------------------------------------------------------------------------
@@ -97,7 +99,9 @@ def _decode_reference(
 
 
 def _score_schedule(env: Mapping[str, int], target: str) -> Schedule | None:
-    return Schedule(blocks={"kv": 64}) if target == "cpu" else Schedule(blocks={"kv": 128}, warps=4, stages=2)
+    if target == "cpu":
+        return Schedule(blocks={"run": 64, "kv": 64, "rest": 64})
+    return Schedule(blocks={"run": 1024, "kv": 64, "rest": 1024}, warps=4, stages=1)
 
 
 @tile.kernel(reference=_decode_reference, tolerance=CLOSE, schedule=_score_schedule)
@@ -116,16 +120,18 @@ def index_scores(
     """
     context = P * page
     out = tile.empty([T, context], f32)
-    for t, at in tile.parallel(T, tile.blocks(context, "kv")):
-        stop = lens[t] if lens else tile.full([], context, i32)
-        if at.start < stop:
+    for t, run in tile.parallel(T, tile.blocks(context, "run")):
+        stop = run.start + run.count
+        end = tile.maximum(tile.minimum(lens[t], stop), run.start) if lens else stop
+        weight = weights[t, :].to(f32) * q_scale[t, :].to(f32) if q_scale else weights[t, :].to(f32)
+        query = q[t, :, :].T
+        for at in tile.range(tile.blocks(run.start, end, "kv")):
             block = table[t, at.index // page].to(i32)
-            there = (block >= 0) & (at.index < stop)
+            there = block >= 0
             key, scale = key_rows(keys, key_scale, block * page + at.index % page, there, D, q.dtype)
-            weight = weights[t, :].to(f32) * q_scale[t, :].to(f32) if q_scale else weights[t, :].to(f32)
-            score = weigh(tile.dot(q[t, :, :], key.T), weight, scale)
-            out[t, at] = tile.where(there, score, float("-inf"))
-        else:
+            score = weigh(tile.dot(key, query), weight)
+            out[t, at] = tile.where(there, score if scale is None else score * scale, float("-inf"))
+        for at in tile.range(tile.blocks(end, stop, "rest")):
             out[t, at] = float("-inf")
     return out
 
@@ -192,7 +198,7 @@ def packed_64_of_32768(rand: torch.Generator, device: str) -> dict[str, Any]:
 
 
 def _prefill_reference(
-    q: TorchTensor, weights: TorchTensor, keys: TorchTensor, key_scale: TorchTensor | None
+    q: TorchTensor, weights: TorchTensor, keys: TorchTensor, key_scale: TorchTensor | None, together: int
 ) -> TorchTensor:
     matrix = keys.float() if key_scale is None else keys.float() * key_scale.float()[:, None]
     scores = indexer.indexer_scores(q.float(), weights, matrix)
@@ -203,50 +209,69 @@ def _prefill_reference(
 
 def _prefill_schedule(env: Mapping[str, int], target: str) -> Schedule | None:
     if target == "cpu":
-        return Schedule(blocks={"query": 32, "kv": 64})
-    return Schedule(blocks={"query": 64, "kv": 128}, warps=4, stages=2)
+        return Schedule(blocks={"run": 512, "kv": 64, "rest": 512})
+    return Schedule(blocks={"run": 2048, "kv": 64, "rest": 128}, warps=4, stages=3)
 
 
 @tile.kernel(reference=_prefill_reference, tolerance=CLOSE, schedule=_prefill_schedule)
 def index_scores_prefill(
     q: Tensor[T, N, D, (*Float, e4m3, i8)], weights: Tensor[T, N, Float], keys: Tensor[C, D, (*Float, e4m3, i8)],
-    key_scale: Tensor[C, Float] | None = None,
+    key_scale: Tensor[C, Float] | None = None, together: Static[int] = TOGETHER,
 ):  # fmt: skip
     """Scores of a request's T newest tokens against its C >= T keys: [T, C] f32, -inf past each token's own position.
 
     q [T, N, D] and keys [C, D] of one dtype; weights [T, N]; key_scale [C] positive. Query t sits at position C - T +
-    t. A block of keys stays on chip while the queries pass by. Source: DeepSeek-V3.2-Exp report.
+    t. FP8 products are exact and summed in f32, at half of the FP8 units' rate. `together`: tokens of a program, for
+    speed alone; more than 1 needs a power of two of heads, at least 4. Source: DeepSeek-V3.2-Exp report.
     """
     out = tile.empty([T, C], f32)
-    for query, at in tile.parallel(tile.blocks(T, "query"), tile.blocks(C, "kv")):
-        key = keys[at, :].T
-        scale = key_scale[at].to(f32) if key_scale else None
-        for t in tile.range(query.start, query.start + query.count):
-            position = t + (C - T)
-            if at.start <= position:
-                score = weigh(tile.dot(q[t, :, :], key), weights[t, :].to(f32), scale)
-                out[t, at] = tile.where(at.index <= position, score, float("-inf"))
-            else:
-                out[t, at] = float("-inf")
+    for n, run in tile.parallel(tile.cdiv(T, together), tile.blocks(C, "run")):
+        first, stop = n * together, run.start + run.count
+        end = tile.maximum(tile.minimum(first + together + (C - T), stop), run.start)
+        t = n if together == 1 else tile.span(first, together)
+        queries = q[t, :, :] if together == 1 else q[t, :, :].reshape(together * N, D)
+        weight, position = weights[t, :].to(f32), first + (C - T)
+        for at in tile.range(tile.blocks(run.start, end, "kv")):
+            products = tile.dot(keys[at, :], queries.T)
+            scale, place = key_scale[at].to(f32) if key_scale else None, at.index
+            if together != 1:
+                products = products.reshape(at.extent, together, N)
+                scale, place = scale[:, None] if key_scale else None, at.index[:, None] - tile.arange(together)
+            score = weigh(products, weight)
+            score = score if scale is None else score * scale
+            score = tile.where(place <= position, score, float("-inf"))
+            out[t, at] = score if together == 1 else score.T
+        for at in tile.range(tile.blocks(end, stop, "rest")):
+            out[t, at] = float("-inf")
     return out
 
 
 @index_scores_prefill.case
 def chunk(rand: torch.Generator) -> dict[str, Any]:
-    return {"q": randn(rand, 5, 4, 16), "weights": randn(rand, 5, 4), "keys": randn(rand, 21, 16), "key_scale": None}
+    q, keys = randn(rand, 5, 4, 16), randn(rand, 21, 16)
+    return {"q": q, "weights": randn(rand, 5, 4), "keys": keys, "key_scale": None, "together": 4}
 
 
 @index_scores_prefill.case
 def fp8_prompt(rand: torch.Generator) -> dict[str, Any]:
-    q, keys = randn(rand, 9, 2, 32).to(torch.float8_e4m3fn), randn(rand, 9, 32).to(torch.float8_e4m3fn)
-    return {"q": q, "weights": randn(rand, 9, 2), "keys": keys, "key_scale": torch.rand(9, generator=rand) + 0.1}
+    q, keys = randn(rand, 9, 8, 32).to(torch.float8_e4m3fn), randn(rand, 9, 32).to(torch.float8_e4m3fn)
+    scale = torch.rand(9, generator=rand) + 0.1
+    return {"q": q, "weights": randn(rand, 9, 8), "keys": keys, "key_scale": scale, "together": 4}
+
+
+@index_scores_prefill.case
+def three_heads(rand: torch.Generator) -> dict[str, Any]:
+    q, keys = randn(rand, 6, 3, 24, dtype=torch.bfloat16), randn(rand, 11, 24, dtype=torch.bfloat16)
+    scale = torch.rand(11, generator=rand) + 0.1
+    return {"q": q, "weights": randn(rand, 6, 3), "keys": keys, "key_scale": scale, "together": 1}
 
 
 @index_scores_prefill.bench
 def prefill_4096_of_32768(rand: torch.Generator, device: str) -> dict[str, Any]:
     q, keys = (randn(rand, *shape, device=device).to(torch.float8_e4m3fn) for shape in ((4096, 64, 128), (32768, 128)))
     scale = torch.rand(32768, generator=rand, device=rand.device).to(device)
-    return {"q": q, "weights": randn(rand, 4096, 64, device=device) * FOLDED, "keys": keys, "key_scale": scale}
+    weights = randn(rand, 4096, 64, device=device) * FOLDED
+    return {"q": q, "weights": weights, "keys": keys, "key_scale": scale, "together": TOGETHER}
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -270,11 +295,11 @@ def select_decode(
 @tile.graph
 def select_prefill(
     q: Tensor[T, N, D, (*Float, e4m3, i8)], weights: Tensor[T, N, Float], keys: Tensor[C, D, (*Float, e4m3, i8)],
-    key_scale: Tensor[C, Float] | None, k: Static[int], width: Static[int] = 0,
+    key_scale: Tensor[C, Float] | None, k: Static[int], width: Static[int] = 0, together: Static[int] = TOGETHER,
 ):  # fmt: skip
     """Which of the C positions each of the T newest tokens may see: bool [T, C], at most k per row, all visible ones
     where there are no more than k. Arguments as `index_scores_prefill`. `width`: a power of two >= C, at most 16384,
     selects in registers (GPU); 0 from memory.
     """
-    scores = index_scores_prefill(q, weights, keys, key_scale)
+    scores = index_scores_prefill(q, weights, keys, key_scale, together)
     return top_k_mask_tile(scores, k, width, None) if width else top_k_mask(scores, k, None)

@@ -13,6 +13,7 @@ Legend: T tokens, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from torch import Tensor as TorchTensor
 from tilery import tile
 from tilery.ops import elementwise, quant
 from tilery.ops.kernels._common import CLOSE, FP8_STEP, GROUP, SCALE, quantize_fp8, randn, short_rows
-from tilery.tile import Dim, Float, Static, Tensor, cdiv, e4m3, f32, lib
+from tilery.tile import Dim, Float, Schedule, Static, Tensor, cdiv, e4m3, f32, lib
 from tilery.tile.lang import TensorRef, Tile
+from tilery.tile.passes.pad import power_of_two
 
 T = Dim("T")
 H = Dim("H", min=1)
 HG = Dim("H", min=GROUP, multiple_of=GROUP)
+MANY_ROWS = 1024
+"""Rows from which on every multiprocessor has several programs of two rows."""
 
 
 # --- references -------------------------------------------------------------------------------------------------
@@ -113,7 +117,16 @@ def store_scales(scales: TensorRef, t: Any, value: Tile, column_major: bool) -> 
         scales[t, :] = value
 
 
-@tile.kernel(schedule=short_rows, reference=_rms_norm_quant, tolerance=(FP8_STEP, SCALE))
+def _quant_schedule(env: Mapping[str, int], target: str) -> Schedule | None:
+    """As `short_rows`; where wide rows are many, two share what they read of the weights, which stay in the cache: f32
+    weights are twice as wide as the rows."""
+    usual = short_rows(env, target)
+    if usual is None or env.get("T", 0) < MANY_ROWS or not 4096 <= power_of_two(env["H"]) <= 8192:
+        return usual
+    return Schedule(blocks={"row": 2}, warps=8, evict={"weight": "last"})
+
+
+@tile.kernel(schedule=_quant_schedule, reference=_rms_norm_quant, tolerance=(FP8_STEP, SCALE))
 def rms_norm_quant(
     x: Tensor[T, HG, Float], weight: Tensor[HG, Float], eps: float = 1e-6, column_major: Static[bool] = False
 ):

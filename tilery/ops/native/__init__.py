@@ -18,8 +18,10 @@ from tilery.ops import linear as linears
 from tilery.ops.native import build
 from tilery.ops.quant import BlockWeight, Weight
 from tilery.ops.registry import Operators, Platform, implementation
+from tilery.tile.graph import RECORDER
 from tilery.tile.targets.cpu import build as tile_build
 from tilery.tile.targets.cpu import executable
+from tilery.tile.targets.cpu.tape import Recording
 
 SMALL = 32
 """Tokens up to which reading the weights dominates; above, torch's matrix product wins."""
@@ -41,8 +43,8 @@ def native(of: str) -> Any:
     return implementation(of, "native", "cpu", rank=10, unavailable=_unavailable)
 
 
-POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-TYPES = {"P": POINTER, "L": LONG, "I": INT, "F": FLOAT}
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+TYPES = {"P": POINTER, "L": LONG, "I": INT}
 SIGNATURES = {
     "set_threads": "PI",
     "linear": "PLLPPILLPLLLL",
@@ -55,17 +57,34 @@ SIGNATURES = {
 
 
 class _Library:
-    """The C functions with their argument types set, looked up at first use."""
+    """The C functions as Python ones, looked up at first use. While calls are recorded (`targets.cpu.tape`) theirs are
+    too."""
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(build.load(), f"tilery_{name}")
-        function.argtypes = [TYPES[letter] for letter in SIGNATURES[name]]
+        library, letters = build.load(), SIGNATURES[name]
+        function = getattr(library, f"tilery_{name}")
+        function.argtypes = [TYPES[letter] for letter in letters]
         function.restype = None
-        setattr(self, name, function)
-        return function
+        if name == "set_threads":
+            setattr(self, name, function)
+            return function
+        replay = POINTER.in_dll(library, f"tilery_{name}_replay").value or 0
+        pointers = [number for number, letter in enumerate(letters) if letter == "P"]
+
+        def call(*arguments: int | None) -> None:
+            recorder = RECORDER.get()
+            if isinstance(recorder, Recording):
+                recorder.add(replay, [value or 0 for value in arguments], pointers)
+            else:
+                function(*arguments)
+
+        setattr(self, name, call)
+        return call
 
 
 C = _Library()
+_set_for: tuple[Operators, int, bool] | None = None
+"""What `set_threads` was last called for: most steps are like the one before."""
 
 
 def set_threads(ops: Operators, count: int, decoding: int | None = None) -> None:
@@ -75,12 +94,21 @@ def set_threads(ops: Operators, count: int, decoding: int | None = None) -> None
     torch's OpenMP workers go on spinning for a while after each parallel loop, on cores that the helpers of these
     kernels and of generated ones (one pool) need: in a step that is small enough for them torch gets one thread.
     """
-    small = ops.narrow_weights and decoding is not None and decoding <= SMALL
+    global _set_for
+    small = decoding is not None and decoding <= SMALL and ops.narrow_weights
+    if _set_for is not None and _set_for[0] is ops and _set_for[1:] == (count, small):
+        return
     torch.set_num_threads(1 if small else count)
     if "tile" in ops.chosen.values() and ops.platform.device == "cpu":
         executable.set_threads(count)
     if ops.narrow_weights:
         C.set_threads(tile_build.pool() if tile_build.compiler() else None, count)
+    _set_for = ops, count, small
+
+
+def records(ops: Operators) -> bool:
+    """Whether small steps are nothing but C calls, which can be recorded."""
+    return ops.platform.device == "cpu" and ops.narrow_weights and tile_build.compiler() is not None
 
 
 def _rows(x: Tensor) -> bool:

@@ -439,6 +439,17 @@ void with_weights(int kind, const F &body) {
     kind == 0 ? body(float{}) : kind == 1 ? body(bf16{}) : body(fp8{});
 }
 
+// A function of pointers and integers that takes them as an array of 8-byte values, for recorded calls.
+template <auto function>
+struct Replay;
+template <class... A, void (*function)(A...)>
+struct Replay<function> {
+    static void call(const int64_t *values) { spread(values, std::index_sequence_for<A...>{}); }
+    template <size_t... at>
+    static void spread(const int64_t *values, std::index_sequence<at...>) { function((A)values[at]...); }
+};
+typedef void (*Replayed)(const int64_t *values);
+
 }  // namespace
 
 // ---- entry points: tensors as pointers, sizes as long, strides in elements -----------------------------------------
@@ -509,7 +520,7 @@ void tilery_experts(const float *x, const float *weights, const int32_t *ids, co
     });
 }
 
-// FP8 rows [R, I] to fp32 or bf16, for products that a matrix library computes.
+// FP8 rows [R, I] to fp32, for products that a matrix library computes.
 void tilery_widen(const void *w, const float *scale, float *out, long R, long I) {
     const Weight<fp8> rows = weight<fp8>(w, I, scale);
     shared(R, [&](long begin, long end) {
@@ -520,5 +531,11 @@ void tilery_widen(const void *w, const float *scale, float *out, long R, long I)
         }
     });
 }
+
+Replayed tilery_linear_replay = Replay<tilery_linear>::call;
+Replayed tilery_absorb_replay = Replay<tilery_absorb>::call;
+Replayed tilery_widen_replay = Replay<tilery_widen>::call;
+Replayed tilery_experts_replay = Replay<tilery_experts>::call;
+Replayed tilery_select_decode_replay = Replay<tilery_select_decode>::call;
 
 }  // extern "C"

@@ -19,7 +19,7 @@ SERIAL_NS = 15_000
 class Source:
     """`text`: C++ without the header line. `launch(pool, tensors..., dims..., strides..., ints..., floats...)` takes
     the tensors (parameters, then outputs), the dimensions `dims`, the leading strides of the tensors in `strided`, then
-    the scalars by kind, in the kernel's order."""
+    the scalars by kind, in the kernel's order. `replay` takes the same as an array of 8-byte values."""
 
     name: str
     text: str
@@ -120,7 +120,7 @@ extern "C" int64_t {symbol}(
 
 
 def _launch(symbol: str, tensors: int, ints: int, floats: int, cost: float, serial: bool) -> str:
-    """The function Python calls: packs its arguments and shares the programs among threads if that pays."""
+    """The functions called from outside: pack the arguments and share the programs among threads if that pays."""
     params = [f"void *t{i}" for i in range(tensors)] + [f"int64_t n{i}" for i in range(ints)]
     params += [f"double s{i}" for i in range(floats)]
 
@@ -133,8 +133,16 @@ extern "C" void {symbol}_launch({", ".join(["t_pool pool", *params])}) {{
 {pack("void *const ", "tensors", "t", tensors)}
 {pack("const int64_t ", "ints", "n", ints)}
 {pack("const double ", "scalars", "s", floats)}"""
+    passed = ["(t_pool)a[0]", *(f"(void *)a[{i + 1}]" for i in range(tensors))]
+    passed += [f"a[{i + 1 + tensors}]" for i in range(ints)]
+    passed += [f"t_bitcast<double>(a[{i + 1 + tensors + ints}])" for i in range(floats)]
+    packed = f"""\
+extern "C" void {symbol}_replay(const int64_t *a) {{
+    {symbol}_launch({", ".join(passed)});
+}}
+"""
     if serial:  # writes outside of the grid happen once: one call does everything, whatever its `last`
-        return f"{head}\n    {symbol}(tensors, ints, scalars, 0, INT64_MAX);\n}}\n"
+        return f"{head}\n    {symbol}(tensors, ints, scalars, 0, INT64_MAX);\n}}\n{packed}"
     return f"""\
 {head}
     const int64_t n = {symbol}(tensors, ints, scalars, 0, -1);
@@ -152,4 +160,4 @@ extern "C" void {symbol}_launch({", ".join(["t_pool pool", *params])}) {{
         {symbol}(x.tensors, x.ints, x.scalars, first, last);
     }}, &context, n);
 }}
-"""
+{packed}"""

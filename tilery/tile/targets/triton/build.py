@@ -136,9 +136,8 @@ def _compile(emitted: Emitted, key: str, arch: int) -> Binary:
         if not hasattr(function, "cache_key"):
             raise LaunchError("triton was imported with TRITON_INTERPRET=1, so it cannot compile; unset it and restart")
         source = ASTSource(fn=function, signature=plan.signature, constexprs={}, attrs=plan.attributes)
-        options = {"num_warps": plan.warps, "num_stages": plan.stages, "launch_pdl": plan.pdl}
         try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=plan.options)
         except Exception as error:
             kept = root / f"failed-{key}.py"
             shutil.copyfile(work / "kernel.py", kept)

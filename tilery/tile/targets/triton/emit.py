@@ -121,7 +121,7 @@ class _Emitter(MemoryWriter):
             self.function, arguments, allocations, returns, grid,
             tuple((local, name) for name, local in {**host_dims, **self.runtime}.items()), scalars,
             self.schedule.warps or 4, self.schedule.stages or 2, self.schedule.pdl, self.schedule.persistent,
-            tuple(t for t in tensors if t[0] not in made),
+            tuple(t for t in tensors if t[0] not in made), self.schedule.registers,
         )  # fmt: skip
 
     def render(self, plan: Plan) -> tuple[str, str]:

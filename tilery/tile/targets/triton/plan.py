@@ -113,6 +113,13 @@ class Plan:
     pdl: bool = False
     persistent: int = 0
     tensors: tuple[tuple[str, str], ...] = field(default=())
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, "launch_pdl": self.pdl, **limit}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

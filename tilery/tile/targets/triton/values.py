@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilery.tile.dtypes import DType, bf16, i32
+from tilery.tile.dtypes import DType, bf16, f16, i32
 from tilery.tile.errors import LoweringError
 from tilery.tile.ir import Extent, Op, TileType, Value
 from tilery.tile.size import Size
@@ -100,13 +100,17 @@ def _dot(op: Op, args: list[str], helpers: set[str]) -> str:
             "larger block in the schedule, or write tile.sum(a[:, :, None] * b[None, :, :], axis=1)",
             op.loc,
         )
+    precision = op.attr("precision", "ieee")
+    if a.dtype.is_fp8 and precision != "fp8":
+        # Hopper adds FP8 products in about 14 bits. f16 holds every FP8 number, and its products are summed in f32.
+        args = [*(convert(x, a.dtype, f16, False) for x in args[:2]), *args[2:]]
     text = ", ".join(args)
     if a.dtype.name == "f32":
-        text += f', input_precision="{op.attr("precision", "ieee")}"'
+        text += f', input_precision="{precision}"'
     elif a.dtype.name == "i8":
         text += ", out_dtype=tl.int32"
-    elif a.dtype.is_fp8 and len(args) == 3 and k >= 128:
-        text += ", max_num_imprecise_acc=128"  # Hopper adds FP8 products in 14 bits: carry over to f32 every 128
+    elif a.dtype.is_fp8 and precision == "fp8" and (len(args) == 3 or k > 128):
+        text += f", max_num_imprecise_acc={min(k, 128)}"  # what is summed over more goes to f32
     return f"tl.dot({text})"
 
 

@@ -32,7 +32,8 @@ _CODED = {
 }  # fmt: skip
 _LIMIT = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 _NUMPY = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "asinh": "arcsinh", "acosh": "arccosh",
-          "atanh": "arctanh", "atan2": "arctan2", "pow": "power", "popc": "bitwise_count"}  # fmt: skip
+          "atanh": "arctanh", "atan2": "arctan2", "pow": "power", "mul_rn": "multiply",
+          "popc": "bitwise_count"}  # fmt: skip
 
 
 def decode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
