@@ -16,7 +16,18 @@ PACKAGE = ROOT / "tilery"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-LAYERS = {"cli": 7, "server": 6, "proxy": 6, "engine": 5, "models": 4, "parallel": 3, "ops": 2, "tile": 1, "observe": 0}
+LAYERS = {
+    "cli": 7,
+    "server": 6,
+    "proxy": 6,
+    "engine": 5,
+    "models": 4,
+    "parallel": 3,
+    "adapters": 3,
+    "ops": 2,
+    "tile": 1,
+    "observe": 0,
+}
 """A module may import from its own folder and from folders with a lower number."""
 
 FACADE = {"tilery.engine.messages", "tilery.engine.llm"}

@@ -3,6 +3,7 @@ on the batch."""
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -191,6 +192,25 @@ def test_recorded_calls_compute_the_same():
         tensor.copy_(torch.rand(tensor.shape, generator=draw))
     made.run()
     assert all(torch.equal(a, b) for a, b in zip(made.outputs, everything()))
+
+
+def test_torchs_threads_are_right_in_every_thread():
+    ops, before = registry.select(), torch.get_num_threads()
+    small = 1 if ops.narrow_weights else 2
+    seen = []
+
+    def step(decoding):
+        native.set_threads(ops, 2, decoding)
+        seen.append(torch.get_num_threads())
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(step, 1).result()  # the other thread decodes, this one prefills, and so does the other one then
+        step(None)
+        other.submit(step, None).result()
+        torch.set_num_threads(3)  # somebody else's doing
+        step(None)
+    torch.set_num_threads(before)
+    assert seen == [small, 2, 2, 2]
 
 
 def test_block_weights_behave_like_matrices():

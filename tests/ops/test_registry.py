@@ -1,5 +1,7 @@
 """Which implementation runs, and why; overrides and their errors."""
 
+from dataclasses import replace
+
 import pytest
 
 from tilery.ops import registry
@@ -29,13 +31,28 @@ def test_every_operator_has_a_contract_and_a_reference():
 def test_reasons():
     (cpu,) = [info for info in registry.list_operators(CPU) if info.name == "mha_prefill"]
     assert [(row.name, row.target, row.available, row.reason, row.chosen) for row in cpu.implementations] == [
-        ("sdpa", "cpu", True, "the fastest valid one here", True),
+        ("sdpa", "any", True, "the fastest valid one here", True),
         ("reference", "any", True, "valid, but ranked lower", False),
+        ("hopper", "cuda", False, "needs cuda, this is cpu", False),
     ]
     (cuda,) = [info for info in registry.list_operators(CUDA) if info.name == "mha_prefill"]
-    assert ("sdpa", False, "needs cpu, this is cuda") in [
+    assert ("sdpa", True) in [(row.name, row.available) for row in cuda.implementations]
+    (cuda,) = [info for info in registry.list_operators(CUDA) if info.name == "swiglu"]
+    assert ("fused", False, "needs cpu, this is cuda") in [
         (row.name, row.available, row.reason) for row in cuda.implementations
     ]
+
+
+def test_hopper_kernels_are_for_hopper():
+    ampere = replace(CUDA, isa="sm_80")
+    (decode,) = [info for info in registry.list_operators(ampere) if info.name == "mla_decode"]
+    assert ("hopper", False, "needs compute capability 9.0 (sm_90), this is sm_80") in [
+        (row.name, row.available, row.reason) for row in decode.implementations
+    ]
+    pytest.importorskip("triton")
+    chosen = registry.select(replace(CUDA, isa="sm_90")).chosen
+    assert [chosen[name] for name in ("mla_decode", "mha_prefill", "top_k_positions")] == ["hopper", "hopper", "tile"]
+    assert registry.select(ampere).chosen["mla_decode"] == "tile"
 
 
 def test_overrides():
@@ -52,7 +69,7 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"^unknown operator 'attention'; there are: add_rms_norm, .*write_mla$"):
         registry.select(CPU, {"attention": "reference"})
     with pytest.raises(
-        ValueError, match=r"^operator 'mha_prefill' has no implementation 'magic'; it has: reference, sdpa$"
+        ValueError, match=r"^operator 'mha_prefill' has no implementation 'magic'; it has: reference, sdpa, hopper$"
     ):
         registry.select(CPU, {"mha_prefill": "magic"})
     with pytest.raises(ValueError, match=r"^no operator has an implementation 'magic'$"):

@@ -10,7 +10,7 @@ from tilery.tile.targets.cpu.tape import Arena, NotRecordable, Recording
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 T, H, B = Dim("T"), Dim("H"), Dim("B")
-FIRST, ONES = torch.tensor([0]), torch.ones(2, 16)
+FIRST, ONES, BITS = torch.tensor([0]), torch.ones(2, 16), torch.tensor([5])
 
 
 @tile.kernel
@@ -118,6 +118,15 @@ def test_a_larger_tape_leaves_the_memory_of_others_alone():
         assert torch.equal(tape.outputs[0], chain(given))
 
 
+def test_tapes_that_grow_one_by_one_share_memory():
+    arena, kept = Arena(), {}
+    for rows in range(1, 200):
+        memory = arena.reserve(64 * rows)
+        assert len(memory) >= 64 * rows
+        kept[memory.untyped_storage().data_ptr()] = memory.untyped_storage().nbytes()
+    assert sum(kept.values()) < 4 * (64 * rows + 64)
+
+
 def test_memory_that_starts_as_zeros_does_so_in_every_replay():
     x, where, like = torch.randn(2, 16), torch.tensor([4, 1], dtype=torch.int32), torch.empty(6)
     (first,), tape = record(lambda: spread(x, where, like, 0.0))
@@ -144,6 +153,8 @@ def test_memory_that_starts_as_zeros_does_so_in_every_replay():
         ("torch's item reads or writes numbers", lambda x: scaled(x, x[0, 0].item())),
         ("torch's tolist reads or writes numbers", lambda x: x.tolist()),
         ("torch's __bool__ reads or writes numbers", lambda x: bool(x[0, 0])),
+        ("torch's __ior__ computes", lambda x: scaled(x, 2.0) is x or BITS.__ior__(BITS)),
+        ("torch's relu computes", lambda x: torch.nn.functional.relu(x, inplace=True)),
         ("scaled is called with options", lambda x: scaled(x, 2.0, out=torch.empty(2, 16))),
     ],
 )  # fmt: skip

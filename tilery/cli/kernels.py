@@ -6,6 +6,7 @@ import ast
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,7 @@ def list_kernels(
     device: options.DeviceOption = Device.AUTO,
 ) -> None:
     """List the operators and what runs them on this machine, and the kernels of the tile language."""
+    from tilery.cli.kernel_pages import print_plugins
     from tilery.engine.runner import resolve_device
     from tilery.ops.registry import Platform, list_operators
 
@@ -45,6 +47,7 @@ def list_kernels(
     kernels = known_kernels()
     if kernels:
         print_kernels(kernels)
+    print_plugins()
 
 
 def known_kernels() -> list[Kernel]:
@@ -87,7 +90,7 @@ def print_kernels(kernels: list[Kernel]) -> None:
         rows.append(((kernel.name, module, "cpu, cuda", ", ".join(kernel.cases) or "none", about), True))
     print()
     _print_rows(("kernel", "module", "targets", "cases", "what"), rows)
-    print("One kernel's stages: tilery kernels show KERNEL --stage trace|bound|padded|cpu|triton|ptx|sass")
+    print("One kernel's stages: tilery kernels show KERNEL --stage trace|bound|padded|cpu|triton|ascend|ptx|sass")
 
 
 def _print_rows(headings: tuple[str, ...], rows: Sequence[tuple[tuple[str, ...], bool]]) -> None:
@@ -117,23 +120,40 @@ def print_operator(operator: OperatorInfo) -> None:
 def show_kernel(
     name: Annotated[str, typer.Argument(metavar="KERNEL", help="A kernel's name, as `tilery kernels list` prints it.")],
     stage: Annotated[
-        str, typer.Option(metavar="STAGE", help="trace, bound, padded, a pass's name, cpu, triton, ptx or sass.")
-    ] = "trace",
+        str | None,
+        typer.Option(
+            metavar="STAGE",
+            help="trace, bound, padded, a pass's name, cpu, triton, ascend, ptx or sass. "
+            "Default: the target's text, or trace.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="cpu, triton or ascend: its text, or --stage of the lowering for it."),
+    ] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A dimension or static value: --dim T=64. Repeatable."),
     ] = None,
     case: Annotated[str | None, typer.Option(metavar="NAME", help="Sizes of a declared case (the first).")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write pictures of a kernel or a graph: one page, no text here.")
+    ] = None,
 ) -> None:
     """Show a kernel at one stage of its lowering, from the traced IR to machine code."""
     from tilery.tile.errors import TileError
     from tilery.tile.show import text_of
 
-    kernel = find_kernel(name)
     if dim and case:
         raise CliError("--dim and --case both choose the sizes; give one of them.")
+    if html is not None:
+        from tilery.cli.kernel_pages import write_page
+
+        return write_page(name, html, case, _assignments(dim or []))
+    kernel = find_kernel(name)
     try:
-        print(text_of(kernel, stage, case=case, known=_assignments(dim or [])))
+        wanted = stage or target or "trace"
+        print(text_of(kernel, wanted, case=case, known=_assignments(dim or []), target=target))
     except TileError as error:
         raise CliError(str(error)) from None
 

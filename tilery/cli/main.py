@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 import tilery
-from tilery.cli import chat, generate, kernels, serve
+from tilery.cli import chat, generate, kernel_pages, kernels, serve
+from tilery.cli.bench import ops as bench_ops
 from tilery.cli.bench import serve as bench_serve
 from tilery.cli.errors import CliError
 
@@ -44,7 +45,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-bench = typer.Typer(help="Measure a running server.", no_args_is_help=False)
+bench = typer.Typer(help="Measure a running server, or the kernels of a GPU.", no_args_is_help=False)
 kernel_commands = typer.Typer(help="Look at the operators, the implementations chosen for this machine, and kernels.")
 
 RUN = "Run a model"
@@ -55,9 +56,11 @@ app.command("chat", rich_help_panel=RUN)(chat.chat)
 app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 app.add_typer(kernel_commands, name="kernels", rich_help_panel=MEASURE)
 bench.command("serve")(bench_serve.bench_serve)
+bench.command("ops")(bench_ops.bench_ops)
 kernel_commands.command("list")(kernels.list_kernels)
 kernel_commands.command("show")(kernels.show_kernel)
 kernel_commands.command("verify")(kernels.verify_kernels)
+kernel_commands.command("profile")(kernel_pages.profile_kernel)
 
 
 def _print_version(wanted: bool) -> None:

@@ -65,13 +65,13 @@ def mha_prefill(q_TND: Tensor, k_CND: Tensor, v_CNV: Tensor, allowed_TC: Tensor 
     return torch.einsum("ntc,cnv->tnv", weights, v_CNV.float()).to(q_TND.dtype)
 
 
-@implementation("mha_prefill", "sdpa", "cpu")
+@implementation("mha_prefill", "sdpa", "any")
 def mha_prefill_sdpa(q_TND: Tensor, k_CND: Tensor, v_CNV: Tensor, allowed_TC: Tensor | None, scale: float) -> Tensor:
     # The flash kernel wants equal head dims: the narrower ones are padded with zeros.
     tokens, context, value_dim = q_TND.shape[0], k_CND.shape[0], v_CNV.shape[2]
     mask = None
     if allowed_TC is not None or tokens != context:
-        mask = torch.ones(tokens, context, dtype=torch.bool).tril_(context - tokens)
+        mask = torch.ones(tokens, context, dtype=torch.bool, device=q_TND.device).tril_(context - tokens)
         if allowed_TC is not None:
             mask &= allowed_TC
     width = max(q_TND.shape[2], value_dim)

@@ -59,21 +59,24 @@ def select_prefill(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor, k: int) ->
     Returns a bool mask [T, C]; rows with at most k visible positions allow them all. Tie rule: the lowest position
     wins.
     """
-    return _select_prefill(q_TND, weight_TN, keys_CD, k, indexer_scores, top_k_positions)
+    return select_prefill_by(q_TND, weight_TN, keys_CD, k, indexer_scores, top_k_positions)
 
 
 @implementation("select_prefill", "sliced", "cpu")
 def select_prefill_cpu(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor, k: int) -> Tensor:
-    return _select_prefill(q_TND, weight_TN, keys_CD, k, _scores_gemm, top_k_positions_cpu)
+    return select_prefill_by(q_TND, weight_TN, keys_CD, k, scores_by_products, top_k_positions_cpu)
 
 
-def _scores_gemm(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor) -> Tensor:
+def scores_by_products(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor) -> Tensor:
+    """`indexer_scores` as two matrix products in q's dtype."""
     tokens, heads, _ = q_TND.shape
     products = (q_TND.reshape(tokens * heads, -1) @ keys_CD.to(q_TND.dtype).T).relu_().view(tokens, heads, -1)
     return torch.bmm(weight_TN[:, None].to(products.dtype), products)[:, 0].float()
 
 
-def _select_prefill(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor, k: int, score, choose) -> Tensor:
+def select_prefill_by(q_TND: Tensor, weight_TN: Tensor, keys_CD: Tensor, k: int, score, choose) -> Tensor:
+    """`select_prefill` with `score` for `indexer_scores` and `choose` for `top_k_positions`, a slice of queries at a
+    time."""
     tokens, heads, _ = q_TND.shape
     context = keys_CD.shape[0]
     first = context - tokens

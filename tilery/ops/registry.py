@@ -15,9 +15,26 @@ from typing import Any, TypeVar
 
 import torch
 
-MODULES = ("attention", "cache", "elementwise", "indexer", "linear", "mla", "moe", "quant", "topk", "native", "tiled")
-"""The modules of this package that declare operators and implementations; `native` and `tiled` say what they miss where
-they cannot run."""
+MODULES = (
+    "attention",
+    "cache",
+    "elementwise",
+    "indexer",
+    "linear",
+    "mla",
+    "moe",
+    "paged",
+    "products",
+    "quant",
+    "topk",
+    "native",
+    "tiled",
+    "scheduled",
+    "scheduled_paged",
+    "scheduled_products",
+)
+"""The modules of this package that declare operators and implementations; the last five say what they miss where they
+cannot run."""
 
 PRODUCTS = ("linear", "heads_linear", "heads_absorb", "experts_swiglu")
 """The operators that multiply by weights."""

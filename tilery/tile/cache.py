@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from tilery.tile import plugins
+
 FORMAT = 1
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -75,12 +77,12 @@ def write(key: str, content: dict[str, Any]) -> None:
 
 @functools.cache
 def versions() -> str:
-    """What compiled code depends on beside the kernel: versions, and this package's own sources."""
+    """What compiled code depends on beside the kernel: versions, this package's own sources, plug-ins."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = ""
-    return f"{FORMAT} torch {torch.__version__} triton {triton} {_sources()}"
+    return f"{FORMAT} torch {torch.__version__} triton {triton} {_sources()} {plugins.state()}"
 
 
 def _sources() -> str:

@@ -299,8 +299,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(kernel: Kernel, bound: Mapping[str, Any], copy_rate: bool = False) -> Explanation:
-    """Explains a call with arguments by name."""
+def explain(
+    kernel: Kernel, bound: Mapping[str, Any], copy_rate: bool = False, binary: bool = True,
+    means: Mapping[str, float] | None = None,
+) -> Explanation:  # fmt: skip
+    """Explains a call with arguments by name. `binary`: compile it for Hopper, where Triton is installed. `means`: of
+    integer tensors that have no data."""
     from tilery.tile.lowering import lower
 
     key, env = kernel.specialise(bound)
@@ -312,22 +316,24 @@ def explain(kernel: Kernel, bound: Mapping[str, Any], copy_rate: bool = False) -
         if (
             isinstance(value, torch.Tensor)
             and value.numel()
+            and not value.is_meta
             and not value.is_floating_point()
             and not value.is_complex()
         ):
             known[name] = float(value.double().mean())
+    known |= means or {}
     schedules, passes = {}, {}
     notes: list[str] = []
-    binary: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for target in ("cpu", "triton"):
         lowered = lower(ir, env, target, kernel.schedule_for(env, target))
         schedules[target] = lowered.schedule
         passes[target] = (("trace", seconds), *lowered.seconds)
-        if target == "triton":
-            binary, note = _binary(lowered.kernel, env, lowered.schedule, bound)
+        if target == "triton" and binary:
+            facts, note = _binary(lowered.kernel, env, lowered.schedule, bound)
             notes += [note] if note else []
     return Explanation(
-        kernel.name, env, count(ir, env, known), H100, schedules, passes, binary, tuple(notes),
+        kernel.name, env, count(ir, env, known), H100, schedules, passes, facts, tuple(notes),
         measure_copy() if copy_rate else None,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from tilery.tile.size import Dim, Size, _Unit, as_size
 
 if TYPE_CHECKING:
     from tilery.tile.kernel import Kernel
+    from tilery.tile.page import Page
 
 
 class CallRecorder(Protocol):
@@ -416,6 +417,13 @@ class GraphFunction:
         made.check()
         _check_writes(made, writable)
         return made
+
+    def page(self, **known: Any) -> Page:
+        """Pictures of the graph as one HTML page: `.save(path)`. Dimensions, static values and dtypes by name; optional
+        tensors are absent unless given (`bias=True` or a dtype)."""
+        from tilery.tile.page import graph_page
+
+        return graph_page(self, known)
 
     def interpret(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the traced graph in the reference interpreter."""

@@ -24,6 +24,7 @@ from tilery.tile.trace import trace
 
 if TYPE_CHECKING:
     from tilery.tile.explain import Explanation
+    from tilery.tile.page import Page
     from tilery.tile.sanitize import SanitizeReport
     from tilery.tile.verify import Report
 
@@ -141,7 +142,7 @@ class Kernel:
         return self.schedule(env, target) if callable(self.schedule) else self.schedule
 
     def lower(self, target: str = "triton", *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Lowered:
-        """Every stage of the lowering for "cpu" or "triton", for the arguments of a call or for sizes alone.
+        """Every stage of the lowering for "cpu", "triton" or "ascend", for the arguments of a call or for sizes alone.
 
         `rms_norm.lower("triton", T=64, H=7168)`: dimensions by name, dtypes the first that each parameter allows,
         static values and optional tensors (by default absent) by name.
@@ -218,6 +219,16 @@ class Kernel:
         from tilery.tile.explain import explain
 
         return explain(self, self.signature.bind(args, kwargs), copy_rate)
+
+    def page(self, *args: Any, case: str = "", binary: bool = True, **kwargs: Any) -> Page:
+        """Pictures of a call as one HTML page, for its arguments or for a declared case or benchmark: `.save(path)`.
+
+        `binary`: compile for Hopper too, where Triton is installed, for registers and shared memory.
+        """
+        from tilery.tile.page import arguments_for, kernel_page
+
+        bound = self.signature.bind(args, kwargs) if args or kwargs else arguments_for(self, case)
+        return kernel_page(self, bound, binary)
 
 
 def _declare(where: dict[str, Any], kernel: str, kind: str, function: Any) -> Any:

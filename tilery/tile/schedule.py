@@ -88,13 +88,16 @@ TRITON_TILE = 8192
 CPU_TILE = 4096
 """The same for CPU: 16 KiB of f32, half of a first-level cache."""
 
+ASCEND_TILE = 4096
+"""The same for Ascend: 16 KiB of f32, a twelfth of a vector core's buffer."""
+
 
 def default_schedule(kernel: Kernel, env: Mapping[str, int], target: str) -> Schedule:
     """A correct schedule for any kernel: block sizes from the largest tile each block takes part in.
 
     `kernel` is the traced one; `env` binds at least `kernel.tile_dims`, and dynamic dimensions where they are known.
     """
-    budget = CPU_TILE if target == "cpu" else TRITON_TILE
+    budget = {"cpu": CPU_TILE, "ascend": ASCEND_TILE}.get(target, TRITON_TILE)
     labels = block_labels(kernel)
     static = {d.name: env[d.name] for d in kernel.tile_dims}
     # C++ loops run to the real count, so a block may be longer than a small range: the same code serves all sizes, and

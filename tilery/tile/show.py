@@ -8,21 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilery.tile.errors import LaunchError
+from tilery.tile import plugins
+from tilery.tile.errors import LaunchError, LoweringError
 from tilery.tile.lowering import Lowered, lower
 from tilery.tile.signature import Specialisation
 
 if TYPE_CHECKING:
     from tilery.tile.kernel import Kernel
 
-CODE = ("cpu", "triton", "ptx", "sass")
+CODE = ("cpu", "triton", "ascend", "ptx", "sass")
 """Stages that are a target's code; all others are IR."""
 
 
-def text_of(kernel: Kernel, stage: str, case: str | None = None, known: Mapping[str, Any] | None = None) -> str:
+def text_of(
+    kernel: Kernel, stage: str, case: str | None = None, known: Mapping[str, Any] | None = None,
+    target: str | None = None,
+) -> str:  # fmt: skip
     """A stage for the sizes of a declared case (the first one if neither is given) or for described ones (`known`:
-    dimensions and static values by name). Raises `TileError`s: `LaunchError` for what does not fit the kernel,
-    `LoweringError` for a stage that does not exist."""
+    dimensions and static values by name). `target`: whose lowering; None takes the one that has the stage.
+
+    Raises `LaunchError` for what does not fit the kernel, `LoweringError` for a stage that does not exist.
+    """
     arguments = None
     if known:
         key, env = kernel.assume(**known)
@@ -37,9 +43,37 @@ def text_of(kernel: Kernel, stage: str, case: str | None = None, known: Mapping[
         raise LaunchError(f"{kernel.name}: {missing[0]} shapes tiles and needs a value: {_wanted(kernel)}")
     if stage in CODE:
         return _code(kernel, stage, key, env, arguments)
+    ir = kernel.trace(key)
     if stage == "trace":
-        return str(kernel.trace(key))
-    return str(lowered(kernel, "triton" if stage == "padded" else "cpu", key, env).stage(stage))
+        return str(ir)
+    if stage in plugins.load().targets:
+        return lowered(kernel, stage, key, env).source
+    low = lowered(kernel, target or "cpu", key, env)
+    if target is None and stage not in dict(low.stages):
+        padded = lowered(kernel, "triton", key, env)
+        low = padded if stage in dict(padded.stages) else low
+    return str(low.stage(stage))
+
+
+def source_of(low: Lowered) -> str:
+    """What a target emits for contiguous, aligned tensors. Raises `LoweringError`."""
+    if low.target == "cpu":
+        from tilery.tile.targets.cpu.source import emit
+
+        return emit(low.kernel, f"k_{low.kernel.name}").text
+    if low.target == "triton":
+        from tilery.tile.targets.triton import Spec
+        from tilery.tile.targets.triton import emit as emit_triton
+
+        return emit_triton(low.kernel, low.schedule, Spec()).source
+    if low.target == "ascend":
+        from tilery.tile.targets.ascend import emit_lowered
+
+        return emit_lowered(low).source
+    found = plugins.load().targets.get(low.target)
+    if found is None:
+        raise LoweringError(f"the target {low.target!r} emits no text")
+    return plugins.emit(found, low)
 
 
 def _wanted(kernel: Kernel) -> str:
@@ -63,11 +97,15 @@ def _code(
     from tilery.tile.targets.triton import emit as emit_triton
     from tilery.tile.targets.triton.build import build
 
-    low = lowered(kernel, "triton", key, env)
+    low = lowered(kernel, "ascend" if stage == "ascend" else "triton", key, env)
     if arguments is not None:
         memory = spec_of(low.kernel, arguments, env)
     else:
         memory = Spec(divisible=frozenset(n for n, v in env.items() if v % 16 == 0))
+    if stage == "ascend":
+        from tilery.tile.targets.ascend import emit_lowered
+
+        return emit_lowered(low, memory).source
     emitted = emit_triton(low.kernel, low.schedule, memory)
     if stage == "triton":
         return emitted.source

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from tilery.tile import control
+from tilery.tile import control, plugins
 from tilery.tile.builder import Builder, located
 from tilery.tile.dtypes import f32, i32
 from tilery.tile.errors import Loc, TraceError
@@ -20,6 +20,7 @@ from tilery.tile.transform import stage
 
 def trace(function: Callable[..., Any], signature: Signature, key: Specialisation) -> Kernel:
     """Runs `function` with symbolic arguments. Raises `TraceError` at the user's line for what it cannot express."""
+    plugins.load()
     try:
         return _trace(function, signature, key)
     except TraceError as error:

@@ -23,6 +23,8 @@ Legend: R rows, L candidates, k winners, C pieces of a row.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -391,9 +393,23 @@ def piece_widths(device: str, length: int, k: int) -> tuple[int, ...]:
 
 
 def top_k_fast(scores: TorchTensor, k: int, lens: TorchTensor | None = None) -> TorchTensor:
-    """The way for a device and a length: in registers on a GPU, in pieces if need be; from memory on a CPU.
+    """The way for a device and a length: the hand-scheduled kernel on Hopper, in registers on another GPU, in pieces if
+    need be; from memory on a CPU.
 
     As `top_k`: [R, L] f32 -> [R, k] i32.
     """
+    if _is_hopper(scores.device):
+        from tilery.ops.hopper import topk as hopper
+
+        if hopper.plan(*scores.shape, k):
+            return hopper.top_k(scores if scores.stride(1) == 1 else scores.contiguous(), k, lens)
     widths = piece_widths(scores.device.type, scores.shape[1], k) if scores.shape[1] else ()
     return top_k_pieces(scores, k, widths, lens) if widths else top_k(scores, k, lens)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether kernels for sm_90a run there; they need the triton package."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return importlib.util.find_spec("triton") is not None

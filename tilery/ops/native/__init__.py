@@ -83,8 +83,8 @@ class _Library:
 
 
 C = _Library()
-_set_for: tuple[Operators, int, bool] | None = None
-"""What `set_threads` was last called for: most steps are like the one before."""
+_pool_for: tuple[Operators, int] | None = None
+"""What `set_threads` last set the helpers for: most steps are like the one before."""
 
 
 def set_threads(ops: Operators, count: int, decoding: int | None = None) -> None:
@@ -94,16 +94,18 @@ def set_threads(ops: Operators, count: int, decoding: int | None = None) -> None
     torch's OpenMP workers go on spinning for a while after each parallel loop, on cores that the helpers of these
     kernels and of generated ones (one pool) need: in a step that is small enough for them torch gets one thread.
     """
-    global _set_for
+    global _pool_for
     small = decoding is not None and decoding <= SMALL and ops.narrow_weights
-    if _set_for is not None and _set_for[0] is ops and _set_for[1:] == (count, small):
+    wanted = 1 if small else count
+    if torch.get_num_threads() != wanted:  # torch's number is one of the calling thread
+        torch.set_num_threads(wanted)
+    if _pool_for is not None and _pool_for[0] is ops and _pool_for[1] == count:
         return
-    torch.set_num_threads(1 if small else count)
     if "tile" in ops.chosen.values() and ops.platform.device == "cpu":
         executable.set_threads(count)
     if ops.narrow_weights:
         C.set_threads(tile_build.pool() if tile_build.compiler() else None, count)
-    _set_for = ops, count, small
+    _pool_for = ops, count
 
 
 def records(ops: Operators) -> bool:

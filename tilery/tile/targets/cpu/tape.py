@@ -44,6 +44,15 @@ QUESTIONS = frozenset(
     }
 )  # fmt: skip
 """Functions of tensors that ask for no number of theirs."""
+VIEWS = frozenset(
+    {
+        "__get__", "__getitem__", "as_strided", "bfloat16", "chunk", "contiguous", "detach", "double", "expand",
+        "expand_as", "flatten", "float", "half", "int", "long", "movedim", "narrow", "permute", "reshape", "select",
+        "split", "squeeze", "swapaxes", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
+    }
+)  # fmt: skip
+"""Functions that compute nothing where their result has the memory of an argument. Others may write to it: `|=` does,
+and so does whatever takes `inplace=True`."""
 
 
 class NotRecordable(Exception):
@@ -68,15 +77,16 @@ def address_of(function: Any) -> int:
 
 
 class Arena:
-    """Memory that tapes share, because only one of them runs at a time. It grows; tapes keep what they were given."""
+    """Memory that tapes share, because only one of them runs at a time. Tapes keep what they were given when it grows,
+    so it grows to twice its size: all of it together is less than four times what the largest tape needs."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size: int) -> Tensor:
         """At least `size` bytes, aligned."""
-        if len(self.memory) < size:
-            self.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+        if len(self.memory) < size + ALIGNMENT:
+            self.memory = torch.empty(max(size + ALIGNMENT, 2 * len(self.memory)), dtype=torch.uint8, device="cpu")
         return self.memory[-self.memory.data_ptr() % ALIGNMENT :]
 
 
@@ -155,8 +165,7 @@ class Recording(TorchFunctionMode):
             self._keep(result)
         elif made:
             given = {t.untyped_storage().data_ptr() for t in _tensors((*args, *kwargs.values()))}
-            changes = "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
-            if changes or any(t.untyped_storage().data_ptr() not in given for t in made):
+            if name not in VIEWS or any(t.untyped_storage().data_ptr() not in given for t in made):
                 raise NotRecordable(f"torch's {name} computes")
         else:
             raise NotRecordable(f"torch's {name} reads or writes numbers")

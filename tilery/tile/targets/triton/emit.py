@@ -49,10 +49,12 @@ def emit(kernel: Kernel, schedule: Schedule, spec: Spec | None = None) -> Emitte
     """Source and launch plan of a padded kernel. Raises `LoweringError` for what Triton cannot express."""
     if kernel.stage != "padded":
         raise LoweringError(f"the Triton target emits from the stage 'padded', got {kernel.stage!r}; use lower(...)")
-    return _Emitter(kernel, schedule, spec or Spec()).run()
+    return Emitter(kernel, schedule, spec or Spec()).run()
 
 
-class _Emitter(MemoryWriter):
+class Emitter(MemoryWriter):
+    """Writes one kernel; a target that restricts this one derives from it."""
+
     # --- the function -----------------------------------------------------------------------------------------
 
     def run(self) -> Emitted:
@@ -124,12 +126,15 @@ class _Emitter(MemoryWriter):
             tuple(t for t in tensors if t[0] not in made), self.schedule.registers,
         )  # fmt: skip
 
-    def render(self, plan: Plan) -> tuple[str, str]:
-        head = [
+    def head(self, plan: Plan) -> list[str]:
+        """The comment that a text begins with."""
+        return [
             f"# {self.kernel.name}: emitted by tilery.tile; edit the kernel, not this file.",
             f"# specialisation: {self.spec}",
             f"# schedule: {self.schedule.to_json()}",
         ]
+
+    def render(self, plan: Plan) -> tuple[str, str]:
         body = ["", "import triton", "import triton.language as tl"]
         text = "\n".join(code for _, code, _ in self.lines)
         if "libdevice." in text:
@@ -140,7 +145,7 @@ class _Emitter(MemoryWriter):
             body += ["", "", *HELPERS[helper].rstrip().split("\n")]
         body += ["", "", "@triton.jit", f"def {self.function}({', '.join(a.name for a in plan.arguments)}):"]
         body += [f"    {name} = tl.arange(0, {n})" for n, name in sorted(self.lanes.items())]
-        source, code = [*head, *body], [*body]
+        source, code = [*self.head(plan), *body], [*body]
         for indent, line, remark in self.lines:
             line = "    " * indent + line
             code.append(line)

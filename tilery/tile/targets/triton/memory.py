@@ -107,6 +107,10 @@ class MemoryWriter(Writer):
             text += f", mask={self.use(op.where, thin=True)}"
         self.line(f"tl.store({text}{self.evict(op)})", op)
 
+    def order(self, op: Op, rank: int) -> str:
+        """A single counter orders memory between programs; a tile of sums does not have to."""
+        return "relaxed" if rank else "acq_rel"
+
     def op_atomic(self, op: Op) -> None:
         kind, dtype = op.attr("kind"), op.result.tile.dtype
         if dtype.name not in _ATOMICS[kind].split():
@@ -122,8 +126,7 @@ class MemoryWriter(Writer):
         mask = "" if op.where is None else self.use(op.where, named=True)
         if mask:
             text += f", mask={mask}"
-        # A single counter orders memory between programs; a tile of sums does not have to.
-        text += f', sem="{"relaxed" if rank else "acq_rel"}"'
+        text += f', sem="{self.order(op, rank)}"'
         call = f"tl.atomic_{kind}({text})"
         if op.result.id not in self.used:
             self.line(call, op)

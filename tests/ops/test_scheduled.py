@@ -1,0 +1,51 @@
+"""What a Hopper GPU gets: which arguments reach a hand-scheduled kernel, and which go to the next best."""
+
+import pytest
+import torch
+
+from tests.ops.support import draw
+from tilery.ops import scheduled
+from tilery.ops.attention import mla_decode
+
+pytest.importorskip("triton.experimental.gluon", reason="needs Triton 3.6 with Gluon")
+
+
+def decode(heads=16, width=576, dtype=torch.bfloat16, tokens=2):
+    normal = draw(0)
+    slots = torch.tensor([[3, 0, -1], [5, -1, -1]])[:tokens]
+    return normal(tokens, heads, width, dtype=dtype), normal(8, width, dtype=dtype), slots, 512, 0.1
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What reaches the kernel for plain rows."""
+    from tilery.ops.hopper import sparse_prefill
+
+    calls = []
+
+    def fake(q, kv, indices, *, scale):
+        calls.append((q, kv, indices, scale))
+        return mla_decode(q, kv, indices.long(), 512, scale), None
+
+    monkeypatch.setattr(sparse_prefill, "sparse_mla_prefill", fake)
+    return calls
+
+
+def test_plain_bf16_rows_reach_their_kernel(seen):
+    given = decode()
+    out = scheduled.mla_decode(*given)
+    ((q, kv, indices, scale),) = seen
+    assert (q.dtype, q.shape, kv is given[1], scale) == (torch.bfloat16, (2, 16, 576), True, 0.1)
+    assert indices.dtype == torch.int32
+    assert torch.equal(indices.long(), given[2])
+    assert torch.equal(out, mla_decode(*given))
+
+
+@pytest.mark.parametrize("changed", [{"heads": 5}, {"width": 520}, {"dtype": torch.float32}])
+def test_other_rows_do_not(seen, changed, monkeypatch):
+    from tilery.ops import tiled
+
+    monkeypatch.setattr(tiled, "mla_decode", mla_decode)
+    given = decode(**changed)
+    assert torch.equal(scheduled.mla_decode(*given), mla_decode(*given))
+    assert not seen
