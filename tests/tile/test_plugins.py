@@ -141,6 +141,16 @@ def test_plug_ins_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert demo <= {name for _, name, _ in plugins.found()}
 
 
+def test_half_an_installation_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(DEMO, tmp_path)
+    register(tmp_path, "half", "1.0", {"tilery.tile.ops": ["a = b:C"]})
+    (tmp_path / "half-1.0.dist-info" / "METADATA").unlink()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv(plugins.DISABLE, raising=False)
+    with pytest.warns(PluginWarning, match=r"half-1\.0\.dist-info cannot be read"):
+        assert "tilery-demo-plugin" in {name for _, name, _ in plugins.found()}
+
+
 # --- in this process --------------------------------------------------------------------------------------------
 
 
@@ -270,6 +280,23 @@ def test_an_operation_that_its_module_registered_too_is_fine(monkeypatch: pytest
     assert isinstance(OPS["exp"], OpDef)
     plugin = plugins.Plugin("tilery.tile.ops", "exp", "m:OP", "offered", "1", (OPS["exp"],))
     assert plugins._add(plugin).error == ""
+
+
+def test_the_command_line_lists_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from tilery.cli.kernel_pages import print_plugins
+
+    monkeypatch.setattr(plugins, "_TABLE", plugins.Table(done=True))
+    print_plugins()
+    assert capsys.readouterr().out == ""
+    rows = [
+        plugins.Plugin("tilery.tile.ops", "two", "m:OPS", "offered", "1.0", (OPS["exp"], OPS["log"])),
+        plugins.Plugin("tilery.tile.passes", "lost", "m:P", "broken", "2.0", (), "ImportError: no"),
+    ]
+    monkeypatch.setattr(plugins, "_TABLE", plugins.Table(plugins=rows, done=True))
+    print_plugins()
+    out = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["offered", "1.0", "ops", "exp,", "log", "loaded"] in out
+    assert ["broken", "2.0", "passes", "lost", "ImportError:", "no"] in out
 
 
 # --- the page ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tests.tile import zoo_data  # noqa: F401 (adds its cases)
 from tests.tile.zoo import CASES
 from tilery import tile
 from tilery.tile import Dim, Tensor, bf16, f32, i32
-from tilery.tile.errors import Loc, ParseError, TileError
+from tilery.tile.errors import Loc, LoweringError, ParseError, TileError
 from tilery.tile.ir import Block, Kernel, Op, Output, Param, Region, Span, TensorType, TileType, Value
 from tilery.tile.lowering import TARGETS, lower
 from tilery.tile.size import as_size
@@ -41,7 +41,12 @@ def test_round_trip_of_every_stage(name: str) -> None:
     round_trip(kernel)
     assert canonical(canonical(kernel)) == canonical(kernel)
     for target in TARGETS:
-        for _, stage in lower(kernel, env, target).stages:
+        try:
+            stages = lower(kernel, env, target).stages
+        except LoweringError:
+            assert target == "ascend"  # which refuses what triton-ascend does not lower
+            continue
+        for _, stage in stages:
             round_trip(stage)
 
 

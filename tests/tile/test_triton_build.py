@@ -74,6 +74,18 @@ def test_packed_rows_are_loaded_wide():
     assert facts.spills == 0
 
 
+@pytest.mark.parametrize(("precision", "spelt"), [("ieee", "ieee"), ("tf32", "tf32"), ("fp8", "ieee")])
+def test_products_of_f32_are_those_of_f32_unless_cut(precision, spelt):
+    @tile.kernel
+    def product(x: Tensor[T, H, f32], w: Tensor[P, H, f32]):
+        y = tile.empty([T, P], f32)
+        for t, p in tile.parallel(tile.blocks(T, "t"), tile.blocks(P, "p")):
+            y[t, p] = tile.dot(x[t, :], w[p, :].T, precision=precision)
+        return y
+
+    assert f'input_precision="{spelt}"' in product.lower("triton", T=64, H=128, P=64).source
+
+
 @pytest.mark.parametrize(("dtype", "precision"), [(bf16, "ieee"), (e4m3, "ieee"), (e4m3, "fp8")])
 def test_product_uses_the_tensor_cores(dtype, precision):
     """FP8 units only where asked for: on Hopper they do not sum in f32."""

@@ -141,7 +141,7 @@ def _rank(entry: _Entry, platform: Platform) -> list[tuple[Implementation, str |
 def select(platform: Platform | None = None, overrides: Mapping[str, str] | None = None) -> Operators:
     """Binds every operator to its best valid implementation on `platform`.
 
-    `overrides` maps operator to implementation name; "*" names the default for all that have it (so `{"*":
+    `overrides` maps operator to implementation name; "*" names the default for all that have it here (so `{"*":
     "reference"}` runs everything through the references). Raises `ValueError` for a name that does not exist or
     cannot run here, with the reason.
     """
@@ -159,7 +159,8 @@ def select(platform: Platform | None = None, overrides: Mapping[str, str] | None
         best = _rank(entry, platform)[0][0]
         wanted = overrides.get(name)
         if wanted is None and wildcard in entry.implementations:
-            wanted = wildcard
+            for_this = entry.implementations[str(wildcard)].target in ("any", platform.device)
+            wanted = wildcard if for_this else None
         if wanted is not None:
             if wanted not in entry.implementations:
                 names = ", ".join(entry.implementations)

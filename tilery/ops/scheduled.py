@@ -5,7 +5,7 @@ the next best. Selection without a Hopper GPU is torch's products and the tile l
 
 Selection stays so on Hopper: `index_select` and `index_select_paged` take e4m3 queries, and the contracts of
 `select_decode` and `select_prefill` speak of the queries as they are; rounding them would choose other keys. What calls
-them has quantised its queries itself. Products are in `scheduled_products`.
+them has quantised its queries itself. `scheduled_products` and `scheduled_paged` have the rest.
 Imports: the operators' modules; the kernels when they are first called.
 """
 

@@ -8,7 +8,6 @@ Imports: the operators' module; the kernels when they are first called.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from typing import Any
@@ -249,7 +248,7 @@ def _splits(q_THD: Tensor, width: int) -> int:
 
 def _attend_tiled(
     q_THD: Tensor, rows: Tensor, slots: Tensor | None, table: Tensor | None, lens: Tensor | None, scale: float,
-    out_THL: Tensor, lse_TH: Tensor,
+    sink: Tensor | None, out_THL: Tensor, lse_TH: Tensor,
 ) -> None:  # fmt: skip
     """Attention over rows as `ops.kernels.attention.mla_decode` finds them."""
     from tilery.ops.kernels import attention
@@ -266,8 +265,10 @@ def _attend_tiled(
         return
     splits = _splits(q_THD, width)
     part, weight = attention.mla_partial(q_THD, rows, slots, table, lens, LATENT, scale, splits, PAGE)
-    out_THL.copy_(part[:, 0] if splits == 1 else attention.mla_combine(part, weight, BY_TORCH[out_THL.dtype]))
     lse_TH.copy_(torch.logsumexp(weight / LOG2E, 1))
+    kind = BY_TORCH[out_THL.dtype if sink is None else torch.float32]
+    values = part[:, 0] if splits == 1 else attention.mla_combine(part, weight, kind)
+    out_THL.copy_(values if sink is None else values * share(lse_TH, sink)[..., None])
 
 
 def _torch_takes(cache: Tensor) -> bool:
@@ -284,7 +285,7 @@ def dense_mla_decode(
     step = q.shape[1]
     table = tiled._rows(block_table if step == 1 else block_table.repeat_interleave(step, 0))
     lens = ends_of(lengths, step).clamp_(min=0)
-    _attend_tiled(q.flatten(0, 1), rows, None, table, lens, scale, out.flatten(0, 1), lse.flatten(0, 1))
+    _attend_tiled(q.flatten(0, 1), rows, None, table, lens, scale, None, out.flatten(0, 1), lse.flatten(0, 1))
     return out, lse
 
 
@@ -296,9 +297,8 @@ def _sparse_tiled(
         return _sparse_batched(q, cache, indices, scale=scale, sink=sink, lengths=lengths, out=out, name=name)
     rows, out, lse = check_sparse(q, cache, indices, scale, sink, lengths, out, name)
     slots = _named(indices, lengths)
-    _attend_tiled(q.flatten(0, -3), rows, slots, None, None, scale, out.flatten(0, -3), lse.flatten(0, -2))
-    if sink is not None:
-        out.mul_(share(lse, sink)[..., None])
+    flat = (out.flatten(0, -3), lse.flatten(0, -2))
+    _attend_tiled(q.flatten(0, -3), rows, slots, None, None, scale, sink, *flat)
     return out, lse
 
 
@@ -313,12 +313,6 @@ def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, **options: Any) -
     return _sparse_tiled(q, kv, indices, name="kv", **options)
 
 
-@functools.lru_cache(maxsize=64)
-def _in_order(pages: int, device: torch.device) -> Tensor:
-    """The block table of keys that lie one after another."""
-    return torch.arange(pages, dtype=torch.int32, device=device)
-
-
 @_tiled_e4m3("index_logits")
 def index_logits(
     q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor, starts: Tensor, ends: Tensor,
@@ -331,8 +325,8 @@ def index_logits(
         return out.fill_(float("-inf"))
     from tilery.ops.kernels.indexer import index_scores
 
-    table = _in_order(-(-len(keys) // PAGE), q.device).expand(len(q), -1)
-    scores = index_scores(q, weights, keys, table, ends, key_scales, None, PAGE)[:, : len(keys)]
+    pages = torch.arange(-(-len(keys) // PAGE), dtype=torch.int32, device=q.device)
+    scores = index_scores(q, weights, keys, pages.expand(len(q), -1), ends, key_scales, None, PAGE)[:, : len(keys)]
     before = torch.arange(len(keys), device=q.device) < starts[:, None]
     return out.copy_(scores.masked_fill_(before, float("-inf")))
 

@@ -145,15 +145,20 @@ def found() -> list[tuple[importlib.metadata.EntryPoint, str, str]]:
     items: dict[tuple[str, str], tuple[importlib.metadata.EntryPoint, str, str]] = {}
     seen: set[str] = set()
     for path in _metadata_folders():
-        distribution = importlib.metadata.PathDistribution(path)
-        name = distribution.metadata["Name"] or path.stem
+        try:
+            distribution = importlib.metadata.PathDistribution(path)
+            name, version = distribution.metadata["Name"], distribution.version
+            entries = [e for e in distribution.entry_points if e.group in GROUPS]
+            if not name:
+                raise ValueError("METADATA has no Name")
+        except Exception as error:  # half an installation
+            warnings.warn(f"{path} cannot be read: {type(error).__name__}: {error}", PluginWarning, stacklevel=2)
+            continue
         if _plain(name) in seen:  # the first on sys.path is the one that is imported
             continue
         seen.add(_plain(name))
         if not switched_off(name):
-            for entry in distribution.entry_points:
-                if entry.group in GROUPS:
-                    items.setdefault((entry.group, f"{name}:{entry.name}"), (entry, name, distribution.version))
+            items |= {(e.group, f"{name}:{e.name}"): (e, name, version) for e in entries}
     return [items[key] for key in sorted(items)]
 
 

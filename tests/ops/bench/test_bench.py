@@ -61,6 +61,27 @@ def test_a_ratio_is_the_rivals_time_over_ours() -> None:
     assert row["met"] is False
 
 
+def test_a_wrong_result_meets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = Prepared(lambda: None, lambda result: 0.0, flops=2e9, bytes=30e6)
+    for error, met in ((1e-4, True), (1e-2, False), (float("nan"), False)):
+        monkeypatch.setattr(run, "_checked", lambda *_, error=error: (prepared, error))
+        monkeypatch.setattr(run, "_times", lambda *_: {"us": 12.5})
+        row = run.measure_case(case(), CEILINGS, Baselines.load(), None)  # type: ignore[arg-type]
+        assert (row["met"], row["aim_met"]) == (met, met)
+        monkeypatch.undo()
+
+
+def test_outputs_that_a_run_leaves_alone_are_found() -> None:
+    out, found = torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32)
+    prepared = Prepared(lambda: None, lambda result: 0.0, 1.0, 1.0, outputs=(out, found))
+    run.poison(prepared)
+    out[:3] = 1
+    assert not run._written(prepared)
+    assert run._written(Prepared(lambda: None, lambda result: 0.0, 1.0, 1.0, outputs=(out,), complete=False))
+    out[3] = float("inf")
+    assert run._written(prepared)
+
+
 def test_a_baseline_must_be_one_row() -> None:
     with pytest.raises(KeyError, match="0 rows"):
         Baselines.load().find("deep_gemm_fp8_block_gemm", {"m": 63})
@@ -137,6 +158,15 @@ def test_a_process_that_dies_costs_only_its_cases() -> None:
 def test_families_keep_their_cases() -> None:
     every = run.all_cases()
     assert [one.name for part in run.by_family(every) for one in part] == [one.name for one in every]
+
+
+def test_the_table_of_the_docs_is_the_recorded_run() -> None:
+    root = Path(__file__).resolve().parents[3]
+    recorded = json.loads((root / "benchmarks/results/ops_h100.json").read_text())
+    page = (root / "docs/hopper/README.md").read_text()
+    assert report.markdown(recorded) in page, "put the output of tilery bench ops --table between the page's marks"
+    known = {(one.kernel, *one.shape.items()) for one in run.all_cases()}
+    assert {(row["kernel"], *row["shape"].items()) for row in recorded["rows"]} <= known
 
 
 def test_the_command_says_what_it_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,17 @@ def test_selection_arguments() -> None:
     assert select.index_select(**no_keys, k=5).tolist() == [[-1] * 5] * 8
 
 
+@pytest.mark.parametrize("length", [1, 130, 4161])
+def test_any_number_of_keys_can_be_described(length: int) -> None:
+    case = prefill(3, length)
+    operands = (case["q"], case["weights"], case["keys"])
+    for scales in (case["key_scales"], torch.ones(length + 1)[1:]):  # the second does not start on 16 bytes
+        flat = logits.descriptors(*operands, scales, 2)[3]
+        assert flat.shape == [1, length]
+        assert flat.strides[0] * 4 % 16 == 0
+        assert torch.equal(flat.base, scales)
+
+
 def test_configurations() -> None:
     for config in (logits.prefill_config(), *(logits.paged_config(step) for step in (1, 2, 3, 4))):
         assert config.stages % config.along_keys == 0

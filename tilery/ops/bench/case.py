@@ -23,8 +23,8 @@ class Prepared:
     run: launches the kernel on the prepared inputs and returns its outputs; no synchronisation, so that a CUDA graph
     can hold it. error: the relative L2 error of the result against float64 arithmetic on the same quantised
     inputs. flops and bytes: of one run, the least any implementation needs (every input read once, every output
-    written once). outputs: filled with bytes 0xFF (NaN, -1) before the check. rival: the same work by a library on this
-    machine, timed in turn with `run`.
+    written once). outputs: filled with bytes 0xFF (NaN, -1) before the check. complete: a run writes all of them, so a
+    NaN that is left is an error. rival: the same work by a library on this machine, timed in turn with `run`.
     """
 
     run: Callable[[], Any]
@@ -32,6 +32,7 @@ class Prepared:
     flops: float
     bytes: float
     outputs: tuple[Tensor, ...] = ()
+    complete: bool = True
     rival: Callable[[], Any] | None = None
 
 

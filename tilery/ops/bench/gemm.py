@@ -195,4 +195,4 @@ def make_masked(groups: int, mean: int, n: int, k: int, generator: torch.Generat
 
     rows = float(counts.sum())
     size = rows * (k + 4 * k // BLOCK) + groups * n * k + 4.0 * b_scale.numel() + 2.0 * rows * n
-    return Prepared(run, error, 2.0 * rows * n * k, size, outputs=(out,))
+    return Prepared(run, error, 2.0 * rows * n * k, size, outputs=(out,), complete=False)

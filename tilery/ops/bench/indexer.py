@@ -91,7 +91,7 @@ def make_prefill(s_q: int, s_kv: int, generator: torch.Generator) -> Prepared:
         return relative_error(torch.cat(found), torch.cat(wanted))
 
     size = s_q * HEADS * (DIM + 4.0) + s_kv * (DIM + 4.0) + 4.0 * pairs
-    return Prepared(run, error, 2.0 * HEADS * DIM * pairs, size, outputs=(out,))
+    return Prepared(run, error, 2.0 * HEADS * DIM * pairs, size, outputs=(out,), complete=False)
 
 
 def selection_error(found: Tensor, wanted_scores: Tensor) -> float:
@@ -160,7 +160,7 @@ def make_logits_paged(batch: int, next_n: int, mean: int, generator: torch.Gener
 
     total = float(pages.lengths.sum())
     size = total * (DIM + 4.0) + batch * next_n * HEADS * (DIM + 4.0) + 4.0 * total * next_n
-    return Prepared(run, error, 2.0 * HEADS * DIM * total * next_n, size, outputs=(out,))
+    return Prepared(run, error, 2.0 * HEADS * DIM * total * next_n, size, outputs=(out,), complete=False)
 
 
 def make_select_paged(batch: int, next_n: int, mean: int, generator: torch.Generator) -> Prepared:

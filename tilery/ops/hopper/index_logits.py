@@ -411,8 +411,14 @@ def _result(out: Tensor | None, tokens: int, width: int, device: torch.device) -
 
 
 def descriptor(x: Tensor, shape: list[int], block: list[int], dtype: gl.dtype) -> TensorDescriptor:
-    """For copies of `block` out of contiguous memory taken as the matrix `shape`."""
-    return TensorDescriptor(x, shape, [shape[1], 1], block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    """For copies of `block` out of contiguous memory taken as the matrix `shape`.
+
+    A single row's stride is never used, but must be a multiple of 16 bytes, as the address must.
+    """
+    if x.data_ptr() % 16:
+        x = x.clone()
+    row = shape[1] if shape[0] > 1 else -(-shape[1] // 16) * 16
+    return TensorDescriptor(x, shape, [row, 1], block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 def descriptors(
@@ -420,14 +426,11 @@ def descriptors(
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor, TensorDescriptor]:
     """keys e4m3 [rows, 128], scales f32 [words], however they are interleaved."""
     rows = block * q.shape[1]
-    # one row: its stride is never used, but must be a multiple of 16 bytes
-    flat = descriptor(scales, [1, scales.numel()], [1, 64], gl.float32)
-    flat.strides = [-(-scales.numel() // 4) * 4, 1]
     return (
         descriptor(q, [q.shape[0] * q.shape[1], 128], [rows, 128], gl.float8e4nv),
         descriptor(weights, [1, weights.numel()], [1, rows], gl.float32),
         descriptor(keys, [keys.shape[0], 128], [64, 128], gl.float8e4nv),
-        flat,
+        descriptor(scales, [1, scales.numel()], [1, 64], gl.float32),
     )
 
 

@@ -106,7 +106,7 @@ def _dot(op: Op, args: list[str], helpers: set[str]) -> str:
         args = [*(convert(x, a.dtype, f16, False) for x in args[:2]), *args[2:]]
     text = ", ".join(args)
     if a.dtype.name == "f32":
-        text += f', input_precision="{precision}"'
+        text += f', input_precision="{"tf32" if precision == "tf32" else "ieee"}"'
     elif a.dtype.name == "i8":
         text += ", out_dtype=tl.int32"
     elif a.dtype.is_fp8 and precision == "fp8" and (len(args) == 3 or k > 128):
