@@ -108,7 +108,8 @@ def flash_mla_sparse_fwd(
     _need(kv.shape[1] == 1, f"{kv.shape[1]} heads of keys; only 1")
     _need(indexer_topk == 0, "indexer_topk")
     there = kept(indices[:, 0], kv.shape[0])
-    out, lse = sparse_mla_prefill(q, kv[:, 0], there, scale=sm_scale, sink=attn_sink, lengths=topk_length)
+    rows = kv[:, 0].contiguous()
+    out, lse = sparse_mla_prefill(q.contiguous(), rows, there, scale=sm_scale, sink=attn_sink, lengths=topk_length)
     return out, None, lse
 
 

@@ -102,6 +102,13 @@ def test_wrong_groups_are_refused() -> None:
         )
 
 
+def test_scales_expanded_from_one_column_are_copied() -> None:
+    one = torch.rand(8, 1)
+    aligned = gemm.align_scales(one.expand(8, 3))
+    assert aligned.stride() == (1, 8)
+    assert torch.equal(aligned, one.expand(8, 3))
+
+
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(m + n + k)
     a = torch.randn(m, k, device="cuda", generator=generator) * (1 + torch.rand(m, 1, device="cuda") * 10)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilery.ops.hopper._host import kept_for_ever
+
 PARTS_BYTES = 32 << 20
 """Workspace for partial sums, per device; configurations keep below it."""
 
@@ -47,7 +49,7 @@ def descriptor_type(dtype: torch.dtype, *block: int, plain: bool = False) -> str
     return f"tensordesc<{WIDTHS[dtype]}[{','.join(map(str, block))}],{layout(block, dtype, plain)!r}>"
 
 
-@functools.cache
+@kept_for_ever
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(PARTS_BYTES // 4, dtype=torch.float32, device=device),
@@ -58,8 +60,6 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """(space for partial sums, counters that are zero between kernels). One per device: kernels that use it must follow
     one another, on one stream or in one graph at a time. Allocated by the first call, which cannot be in a capture."""
-    if torch.cuda.is_current_stream_capturing() and _workspace.cache_info().currsize == 0:
-        raise RuntimeError("call the product once before a CUDA graph captures it")
     return _workspace(device)
 
 

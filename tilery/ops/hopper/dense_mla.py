@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilery.ops.hopper._dense_mla import mla_combine_kernel, mla_decode_kernel
+from tilery.ops.hopper._host import kept_for_ever, on_its_device
 from tilery.ops.hopper.variant import Variant
 
 PAGE, ROWS, DIM, LATENT, WIDE, ROPE, BYTES = 64, 64, 576, 512, 128, 64, 656
@@ -41,13 +42,23 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache
-def _workspace(device: torch.device, pieces: int, rows: int, padded: int) -> tuple[Tensor, Tensor, Tensor]:
+@kept_for_ever
+def _memory(device: torch.device, words: int, splits: int) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty(pieces, rows, LATENT, dtype=torch.float32, device=device),
-        torch.empty(pieces, rows, dtype=torch.float32, device=device),
-        torch.zeros(2 * padded, dtype=torch.int32, device=device),
+        torch.empty(words, dtype=torch.float32, device=device),
+        torch.zeros(splits, dtype=torch.int32, device=device),
     )
+
+
+def _workspace(device: torch.device, pieces: int, rows: int, padded: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial results f32 [pieces, rows, 512], their log-sum-exp f32 [pieces, rows], zeros i32 [2 * padded].
+
+    Sizes are rounded up to powers of two, so that all that is ever kept is at most twice the largest.
+    """
+    words = pieces * rows * (LATENT + 1)
+    memory, splits = _memory(device, 1 << (words - 1).bit_length(), 1 << (2 * padded - 1).bit_length())
+    parts, lse = memory[:words].split((pieces * rows * LATENT, pieces * rows))
+    return parts.view(pieces, rows, LATENT), lse.view(pieces, rows), splits[: 2 * padded]
 
 
 def choose(tokens: int, packed: bool) -> Config:
@@ -61,6 +72,7 @@ def _division(batch: int, rows: int, processors: int) -> tuple[int, int, int]:
     return tiles, max(1, processors // tiles), max(128, 1 << (batch - 1).bit_length())
 
 
+@on_its_device
 def dense_mla_decode(
     q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float, out: Tensor | None = None,
     config: Config | None = None,

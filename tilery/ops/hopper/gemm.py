@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper.variant import Variant
 from tilery.ops.quant import BLOCK, E4M3
 
@@ -109,13 +110,15 @@ def align_scales(scales: Tensor) -> Tensor:
     """Scales of rows, fp32 [R, K/128] in any layout -> the same numbers with the rows contiguous: strides (1, R rounded
     up to 4), as `fp8_gemm` reads them. No copy where they lie so already."""
     rows, blocks = scales.shape
-    if scales.stride(0) == 1 and scales.stride(1) % ALIGN == 0 and scales.data_ptr() % 16 == 0:
+    aligned = scales.stride(1) % ALIGN == 0 and scales.data_ptr() % 16 == 0
+    if scales.stride(0) == 1 and scales.stride(1) >= rows and aligned:
         return scales
     padded = scales.new_empty(blocks, -(-rows // ALIGN) * ALIGN)
     padded[:, :rows] = scales.T
     return padded[:, :rows].T
 
 
+@on_its_device
 def fp8_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor | None = None, config: Config | None = None
 ) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper.gemm import LARGE, LARGE_SHALLOW, PIECE, Config, align_scales, launch, output, reference, variant
 from tilery.ops.hopper.variant import Variant
 from tilery.ops.quant import BLOCK, E4M3
@@ -35,6 +36,7 @@ def choose(expected: float, contiguous: bool) -> Config:
     return LARGE_SHALLOW if contiguous else MANY
 
 
+@on_its_device
 def fp8_gemm_contiguous(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor | None = None,
     config: Config | None = None,
@@ -62,6 +64,7 @@ def fp8_gemm_contiguous(
     return out
 
 
+@on_its_device
 def fp8_gemm_masked(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor | None = None,
     config: Config | None = None,

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilery.ops.cache import PAGE
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper.variant import Variant
 
 DIM = gl.constexpr(128)
@@ -459,6 +460,7 @@ PREFILL_BLOCKS, PAGED_BLOCKS = 512, 128
 """How many blocks of queries the plan looks at at a time."""
 
 
+@on_its_device
 def index_logits(
     q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor, starts: Tensor, ends: Tensor,
     out: Tensor | None = None, *, fill: int = 2, config: Config | None = None,
@@ -490,6 +492,7 @@ def index_logits(
     return out
 
 
+@on_its_device
 def index_logits_paged(
     q: Tensor, weights: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor | None = None, *,
     fill: int = 2, limits: Tensor | None = None, config: Config | None = None,

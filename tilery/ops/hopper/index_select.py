@@ -25,6 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from tilery.ops.hopper import topk
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper.index_logits import (
     EXTRA,
     PREFILL_BLOCKS,
@@ -397,6 +398,7 @@ def _result(out: Tensor | None, tokens: int, k: int, device: torch.device) -> Te
     return out
 
 
+@on_its_device
 def index_select(
     q: Tensor, weights: Tensor, keys: Tensor, key_scales: Tensor, starts: Tensor, ends: Tensor, k: int = 2048,
     out: Tensor | None = None,
@@ -420,6 +422,7 @@ def index_select(
     return out
 
 
+@on_its_device
 def index_select_paged(
     q: Tensor, weights: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, k: int = 2048,
     out: Tensor | None = None,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper._int_host import describe, descriptor_type, output, processors, workspace
 from tilery.ops.hopper.int8_gemm import share
 from tilery.ops.hopper.variant import Variant
@@ -207,6 +208,7 @@ def unpack_int4(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor | None]:
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
+@on_its_device
 def w4a16_gemm(a: Tensor, weight: Int4Weight, out: Tensor | None = None, config: Config | None = None) -> Tensor:
     """out = a @ w^T: a bf16 [M, K], `weight` packed for bf16 of shape [N, K]; out [M, N] bf16, or what `out` is (bf16
     or fp32). Every 64 tokens stream the weights anew.
@@ -219,6 +221,7 @@ def w4a16_gemm(a: Tensor, weight: Int4Weight, out: Tensor | None = None, config:
     return _dense(a, None, weight, out, config)
 
 
+@on_its_device
 def w4a8_gemm(
     a: Tensor, a_scale: Tensor, weight: Int4Weight, out: Tensor | None = None, config: Config | None = None
 ) -> Tensor:
@@ -228,6 +231,7 @@ def w4a8_gemm(
     return _dense(a, a_scale, weight, out, config)
 
 
+@on_its_device
 def w4a8_grouped_gemm_masked(
     a: Tensor, a_scale: Tensor, weight: Int4Weight, counts: Tensor, out: Tensor | None = None,
     expected: int | None = None, config: Config | None = None,
@@ -246,6 +250,7 @@ def w4a8_grouped_gemm_masked(
     return _masked(a, a_scale, weight, counts, out, expected, config)
 
 
+@on_its_device
 def w4a16_grouped_gemm_masked(
     a: Tensor, weight: Int4Weight, counts: Tensor, out: Tensor | None = None, expected: int | None = None,
     config: Config | None = None,

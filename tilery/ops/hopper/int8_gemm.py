@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper._int_host import (
     PARTS_BYTES,
     TICKETS,
@@ -88,6 +89,7 @@ def _waves(config: Config, m: int, n: int, processors: int) -> int:
     return -(-tiles // processors) * config.columns
 
 
+@on_its_device
 def int8_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor | None = None, config: Config | None = None
 ) -> Tensor:
@@ -127,6 +129,7 @@ def int8_gemm(
     return out
 
 
+@on_its_device
 def int8_grouped_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, groups: Tensor, out: Tensor | None = None
 ) -> Tensor:
@@ -149,6 +152,7 @@ def int8_grouped_gemm(
     return out
 
 
+@on_its_device
 def int8_grouped_gemm_masked(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor | None = None,
     expected: int | None = None,

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tilery.ops.hopper._host import kept_for_ever, on_its_device
 from tilery.ops.hopper.variant import Variant
 
 QK, VD, WIDE, NARROW = 192, 128, 128, 64
@@ -342,7 +343,7 @@ def _columns(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(flat, [rows, columns], _layout(rows, columns))
 
 
-@functools.lru_cache
+@kept_for_ever
 def _counter(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -357,6 +358,7 @@ def choose(tokens: int, keys: int) -> Config:
     return Config()
 
 
+@on_its_device
 def mha_prefill(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, out: Tensor | None = None,
     starts: Tensor | None = None, longest: int | None = None, longest_keys: int | None = None,

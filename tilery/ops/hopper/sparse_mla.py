@@ -25,6 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper._mla import attend_left, attend_right, barriers, shared_tiles
 from tilery.ops.hopper.variant import Variant
 
@@ -230,6 +231,7 @@ def _check(q: Tensor, cache: Tensor, indices: Tensor, sink: Tensor | None, lengt
             raise ValueError(f"{name} must start at a multiple of 16 bytes")
 
 
+@on_its_device
 def sparse_mla_decode(
     q: Tensor,
     cache: Tensor,

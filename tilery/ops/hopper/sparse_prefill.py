@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from tilery.ops.hopper._host import on_its_device
 from tilery.ops.hopper._mla import attend_left, attend_right, barriers, shared_tiles
 from tilery.ops.hopper.sparse_mla import LATENT, LOG2E, ROPE, sparse_mla_decode
 from tilery.ops.hopper.variant import Variant
@@ -90,6 +91,7 @@ class Config:
     registers: tuple[int, int] = (168, 104)
 
 
+@on_its_device
 def sparse_mla_prefill(
     q: Tensor,
     kv: Tensor,
