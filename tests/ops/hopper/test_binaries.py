@@ -35,7 +35,7 @@ def recorded() -> dict[str, Facts]:
 def compiled(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Facts]]]:
     """What becomes known of the variants whose tests are selected, two processes at a time."""
     chosen = [i.callspec.params["name"] for i in request.session.items
-              if getattr(i, "originalname", "") == "test_needs_no_more_than_recorded"]  # fmt: skip
+              if getattr(i, "originalname", "") == "test_is_no_worse_than_recorded"]  # fmt: skip
     with ProcessPoolExecutor(2) as workers:
         running = {name: workers.submit(binaries.facts, name) for name in chosen}
         try:
@@ -46,7 +46,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Facts]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_needs_no_more_than_recorded(name: str, compiled: dict[str, Future[Facts]], recorded: dict[str, Facts]) -> None:
+def test_is_no_worse_than_recorded(name: str, compiled: dict[str, Future[Facts]], recorded: dict[str, Facts]) -> None:
     wrong = list(binaries.complaints(name, compiled[name].result(), recorded.get(name)))
     assert not wrong, "\n".join(wrong)
 
