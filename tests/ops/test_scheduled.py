@@ -49,3 +49,24 @@ def test_other_rows_do_not(seen, changed, monkeypatch):
     given = decode(**changed)
     assert torch.equal(scheduled.mla_decode(*given), mla_decode(*given))
     assert not seen
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_packed_rows_are_for_bf16_queries(dtype, taken, monkeypatch):
+    """The kernel rounds nothing that a caller gave in fp32."""
+    from tilery.ops import tiled
+    from tilery.ops.bench.inputs import packed_rows
+    from tilery.ops.hopper import sparse_mla
+
+    q, _, slots, latent, scale = decode(dtype=dtype)
+    cache = packed_rows(torch.Generator().manual_seed(1), 8)
+    calls = []
+
+    def fake(q, rows, indices, *, scale):
+        calls.append((rows.shape, indices.dtype))
+        return mla_decode(q[:, 0], cache, indices[:, 0].long(), 512, scale)[:, None], None
+
+    monkeypatch.setattr(sparse_mla, "sparse_mla_decode", fake)
+    monkeypatch.setattr(tiled, "mla_decode", mla_decode)
+    assert torch.equal(scheduled.mla_decode(q, cache, slots, latent, scale), mla_decode(q, cache, slots, latent, scale))
+    assert calls == ([((8, 1, 656), torch.int32)] if taken else [])

@@ -76,14 +76,14 @@ def mla_decode(q_TND: Tensor, cache: Tensor, slots_TK: Tensor, latent: int, scal
         indices = slots_TK.to(torch.int32).contiguous()
         return sparse_mla_prefill(q_TND.contiguous(), cache, indices, scale=scale)[0]
     fits = cache.dtype is torch.uint8 and cache.shape[1] == PACKED and latent == LATENT and cache.is_contiguous()
-    if not fits or q_TND.shape[1] not in HEADS or not slots_TK.shape[1]:
+    if not fits or q_TND.dtype is not torch.bfloat16 or q_TND.shape[1] not in HEADS or not slots_TK.shape[1]:
         return tiled.mla_decode(q_TND, cache, slots_TK, latent, scale)
     from tilery.ops.hopper.sparse_mla import sparse_mla_decode
 
-    q = q_TND.to(torch.bfloat16).contiguous()[:, None]
+    q = q_TND.contiguous()[:, None]
     rows = cache.view(-1, 1, PACKED)
     indices = slots_TK.to(torch.int32)[:, None].contiguous()
-    return sparse_mla_decode(q, rows, indices, scale=scale)[0][:, 0].to(q_TND.dtype)
+    return sparse_mla_decode(q, rows, indices, scale=scale)[0][:, 0]
 
 
 def _plain(q_TND: Tensor, cache: Tensor, latent: int) -> bool:
