@@ -43,6 +43,18 @@ def test_reasons():
     ]
 
 
+def test_a_wildcard_passes_over_what_is_for_another_device():
+    pytest.importorskip("triton")
+    chosen = registry.select(replace(CUDA, isa="sm_90"), {"*": "sdpa"}).chosen
+    assert chosen["mha_prefill"] == "sdpa"
+    gathered = registry.select(CPU, {"*": "batched-gather"}).chosen
+    assert gathered["mla_decode"] == "batched-gather"
+    with pytest.raises(ValueError, match="^no operator has an implementation 'hopper' for cpu$"):
+        registry.select(CPU, {"*": "hopper"})
+    with pytest.raises(ValueError, match="needs cuda, this is cpu"):
+        registry.select(CPU, {"mla_decode": "hopper"})
+
+
 def test_hopper_kernels_are_for_hopper():
     ampere = replace(CUDA, isa="sm_80")
     (decode,) = [info for info in registry.list_operators(ampere) if info.name == "mla_decode"]

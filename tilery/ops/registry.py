@@ -152,8 +152,12 @@ def select(platform: Platform | None = None, overrides: Mapping[str, str] | None
     if unknown:
         raise ValueError(f"unknown operator {unknown[0]!r}; there are: {', '.join(sorted(_OPERATORS))}")
     wildcard = overrides.get("*")
-    if wildcard is not None and not any(wildcard in entry.implementations for entry in _OPERATORS.values()):
-        raise ValueError(f"no operator has an implementation {wildcard!r}")
+    if wildcard is not None:
+        named = [entry.implementations[wildcard] for entry in _OPERATORS.values() if wildcard in entry.implementations]
+        if not named:
+            raise ValueError(f"no operator has an implementation {wildcard!r}")
+        if not any(one.target in ("any", platform.device) for one in named):
+            raise ValueError(f"no operator has an implementation {wildcard!r} for {platform.device}")
     bound = Operators(platform=platform, chosen={})
     for name, entry in _OPERATORS.items():
         best = _rank(entry, platform)[0][0]
