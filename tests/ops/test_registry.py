@@ -49,7 +49,7 @@ def test_a_wildcard_passes_over_what_is_for_another_device():
     assert chosen["mha_prefill"] == "sdpa"
     gathered = registry.select(CPU, {"*": "batched-gather"}).chosen
     assert gathered["mla_decode"] == "batched-gather"
-    with pytest.raises(ValueError, match="^no operator has an implementation 'hopper' for cpu$"):
+    with pytest.raises(ValueError, match=r"^no operator has an implementation 'hopper' for cpu$"):
         registry.select(CPU, {"*": "hopper"})
     with pytest.raises(ValueError, match="needs cuda, this is cpu"):
         registry.select(CPU, {"mla_decode": "hopper"})
